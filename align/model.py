@@ -1,0 +1,227 @@
+"""The base model, its tokenizer and the LoRA adapter on it: found, checked, loaded and written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from psacpo.align.config import Dtype, Lora
+from psacpo.align.losses import all_finite
+from psacpo.errors import InputError, unknown_name
+
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model on disk.
+
+    Attributes:
+        path: Its directory.
+        name: What adapters call it: the absolute path of a local directory, or the hub id.
+    """
+
+    path: Path
+    name: str
+
+
+def find_base(name: str) -> Base:
+    """The directory of a local model or of the hub's, downloaded where it is not yet.
+
+    Raises:
+        InputError: It is no model directory, lacks weights or tokenizer, or the hub does not give it.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        # Not resolved: a link that the user keeps pointing at the current model stays the adapter's base.
+        base = Base(path, os.path.abspath(path))
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not name.endswith((".safetensors", ".bin", ".gguf")):
+        base = Base(_download(name), name)
+    else:
+        raise InputError(f"base {name} is not a model directory: there is nothing at that path")
+    _require_model(base)
+    return base
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.bin"]))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"base {name} is neither a model directory nor a model on the hub: {reason}") from error
+    return path
+
+
+def _require_model(base: Base) -> None:
+    path = base.path
+    missing = None
+    if not path.is_dir():
+        missing = "it is a file"
+    elif (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        missing = "it is an adapter"
+    elif not (path / "config.json").is_file():
+        missing = "config.json is missing"
+    elif not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        missing = "no weights (*.safetensors) in it"
+    elif not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        missing = "no tokenizer in it (tokenizer.json)"
+    if missing:
+        raise InputError(f"base {base.name} is not a model directory: {missing}")
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The base's tokenizer; one without an EOS cannot end an answer and is refused."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base.path)
+    except Exception as error:
+        raise InputError(f"cannot load the tokenizer of {base.name}: {_first(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {base.name} has no EOS token", allowed="a tokenizer with an eos_token")
+    return tokenizer
+
+
+def check_fits(base: Base, lora: Lora, *, longest: int, largest_id: int) -> int:
+    """Refuse adapter shapes, lengths and token ids that the base does not have, before any weight is loaded.
+
+    Args:
+        longest: Tokens of the longest training sequence.
+        largest_id: The largest token id in the training data.
+
+    Returns:
+        How many bytes the adapter will have, in float32.
+    """
+    config = _load_config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: _shape(module) for name, module in model.named_modules() if _is_linear(module)}
+    if isinstance(lora.target_modules, list):
+        names = {name.rsplit(".", 1)[-1] for name in shapes}
+        for target in lora.target_modules:
+            if not any(_is_target(name, target) for name in shapes):
+                raise InputError(f"lora.target_modules of {base.name}: {unknown_name('module', target, names)}")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"rows of {longest} tokens are longer than {base.name} can take", allowed=f"max_length up to {positions}"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if largest_id >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {base.name} gives token id {largest_id}",
+            allowed=f"ids below {vocabulary}, the vocabulary",
+        )
+    return 4 * lora.r * sum(sum(shape) for shape in shapes.values())
+
+
+def _load_config(base: Base) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base.path)
+    except Exception as error:
+        raise InputError(f"cannot load {base.name}: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    return tuple(module.weight.shape) if isinstance(module.weight, Tensor) else ()
+
+
+def _is_target(name: str, target: str) -> bool:
+    """PEFT's own rule for a list of targets."""
+    return name == target or name.endswith(f".{target}")
+
+
+def load_policy(base: Base, lora: Lora, dtype: Dtype, start: Path | None, *, gradient_checkpointing: bool) -> Any:
+    """The base in `dtype`, frozen and without dropout, under a trainable LoRA adapter in float32.
+
+    Args:
+        start: An adapter directory whose weights to go on from; None makes a fresh adapter, which changes nothing
+            until it is trained (B = 0). Its A is drawn from torch's global generator.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype])
+    model.config.use_cache = False
+    disable_dropout(model)
+    if start is None:
+        targets = lora.target_modules
+        config = LoraConfig(
+            r=lora.r,
+            # PEFT types alpha as an int and divides by r; an int keeps adapter_config.json as others write it.
+            lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+        policy: Any = get_peft_model(model, config)
+    else:
+        policy = PeftModel.from_pretrained(model, start, is_trainable=True, torch_device="cpu")
+    policy.peft_config["default"].base_model_name_or_path = base.name
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if gradient_checkpointing:
+        # The second name is transformers' own for releases before 5.19.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return policy
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch the base's own dropout off: the reference has none, and the log-ratio must start at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def save_adapter(policy: Any, state: dict[str, Tensor], directory: Path, *, stage: str) -> None:
+    """Write the adapter as PEFT does, with sorted settings, so that equal adapters are equal bytes.
+
+    Args:
+        policy: The PEFT model, for its settings.
+        state: Its full state dict, gathered where the model is sharded.
+
+    Raises:
+        InputError: A weight is not finite. Nothing is written.
+    """
+    trained = [tensor for name, tensor in state.items() if "lora_" in name]
+    if not all_finite(*trained):
+        raise InputError(
+            f"stage '{stage}': training ended in weights that are not finite", allowed="a lower learning_rate"
+        )
+    policy.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    path = directory / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # PEFT keeps these as sets, whose order changes from process to process.
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(name), list):
+            settings[name].sort()
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def largest_token(sequences: Iterable[list[int]]) -> int:
+    """The largest id in any sequence."""
+    return max(max(sequence) for sequence in sequences)

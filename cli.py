@@ -1,0 +1,290 @@
+"""The command line: parse, build the settings, make one call, say where the result is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from psacpo import __version__
+from psacpo.errors import InputError
+
+app = typer.Typer(
+    name="psacpo",
+    help="A language model's helpfulness/safety balance as a dial, with evidence for where to set it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+RecipeArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="RECIPE", help="A recipe, or a directory with psacpo.yaml; default: the one here."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="Base model: a directory or a hub id.")]
+RewardOption = Annotated[Path | None, typer.Option("--reward", help="Reward adapter: a PEFT directory.")]
+SafetyOption = Annotated[Path | None, typer.Option("--safety", help="Safety adapter: a PEFT directory.")]
+RatioOption = Annotated[
+    list[str] | None,
+    typer.Option("--ratio", "--ratios", help="Weight of the safety policy, 0 to 1; repeatable; or a grid 0:1:0.125."),
+]
+TemplateOption = Annotated[
+    str | None, typer.Option("--template", help="Raw template with {prompt}; default: the chat template.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"psacpo {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where to put the demo's project directory.")] = Path(
+        "psacpo-demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of data, training and sampling.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """The whole main job on a built-in tiny model, CPU only.
+
+    align, frontier, merge and report, in under two minutes, in a project directory to go on in.
+    """
+    _quiet_libraries()
+    from psacpo.pipeline import demo as job
+
+    run = job(out, seed)
+    code = _show_run(run, as_json)
+    if not as_json:
+        print(f"\nGo on in it:  cd {out} && psacpo merge --ratio 0.3 && psacpo frontier")
+    raise typer.Exit(code)
+
+
+@app.command()
+def align(
+    recipe: RecipeArgument = None,
+    base: BaseOption = None,
+    reward_data: Annotated[str | None, typer.Option("--reward-data", help="Preference rows for helpfulness.")] = None,
+    safety_data: Annotated[str | None, typer.Option("--safety-data", help="Preference rows for safety.")] = None,
+    template: TemplateOption = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="KL weight of the first stage.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Stage 2 has the KL weight beta/lambda.")] = None,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Preference data in, a reward and a safety adapter out."""
+    _quiet_libraries()
+    from psacpo.align import plan
+    from psacpo.pipeline import align as job
+    from psacpo.recipe import Project, stages_from_flags
+
+    project = Project.find(recipe)
+    config = project.align(
+        base=base,
+        stages=stages_from_flags(project, reward_data, safety_data),
+        template=template,
+        beta=beta,
+        out=out,
+        seed=seed,
+        overwrite=overwrite or None,
+        **{"lambda": lambda_},
+    )
+    if dry_run:
+        return _print_plan(plan(config), as_json)
+    where = job(project, config)
+    adapters = {stage.name: str(where / stage.name) for stage in config.stages}
+    _show(
+        {"out": str(where), "adapters": adapters},
+        as_json,
+        [f"{name} adapter: {path}" for name, path in adapters.items()],
+    )
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument = None,
+    base: BaseOption = None,
+    reward: RewardOption = None,
+    safety: SafetyOption = None,
+    ratio: RatioOption = None,
+    kind: Annotated[str | None, typer.Option("--as", help="adapter (default) or checkpoint.")] = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge the two policies exactly at one ratio or many."""
+    _quiet_libraries()
+    from psacpo.merge import merge as job
+    from psacpo.merge.config import parse_ratios
+    from psacpo.recipe import Project
+
+    config = Project.find(recipe).merge(
+        base=base,
+        reward=reward,
+        safety=safety,
+        ratios=parse_ratios(ratio or []) or None,
+        out=out,
+        overwrite=overwrite or None,
+        **{"as": kind},
+    )
+    outputs = [str(path) for path in job(config)]
+    took = {"reward": str(config.reward), "safety": str(config.safety)}
+    lines = [f"{name} adapter: {path}" for name, path in took.items()] + [f"wrote {path}" for path in outputs]
+    _show(took | {"as": config.as_, "outputs": outputs}, as_json, lines)
+
+
+@app.command()
+def frontier(
+    recipe: RecipeArgument = None,
+    base: BaseOption = None,
+    reward: RewardOption = None,
+    safety: SafetyOption = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Rows with a column prompt.")] = None,
+    ratio: RatioOption = None,
+    reward_model: Annotated[str | None, typer.Option("--reward-model", help="Scalar judge called reward.")] = None,
+    cost_model: Annotated[str | None, typer.Option("--cost-model", help="Scalar judge called cost.")] = None,
+    constraint: Annotated[
+        list[str] | None, typer.Option("--constraint", help="METRIC<=NUMBER or METRIC>=NUMBER; repeatable.")
+    ] = None,
+    template: TemplateOption = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Answers a prompt and policy.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto or transformers.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe's python judges run.")] = False,
+    out: OutOption = None,
+    seed: SeedOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sweep the ratios, judge, trace the frontier, choose a ratio.
+
+    Exits with 3 when no ratio meets the constraint.
+    """
+    _quiet_libraries()
+    from psacpo.evalharness import frontier as job
+    from psacpo.merge.config import parse_ratios
+    from psacpo.recipe import Project
+
+    judges = {"reward": (reward_model, "higher"), "cost": (cost_model, "lower")}
+    adapters = {"reward": reward, "safety": safety}
+    config = Project.find(recipe).frontier(
+        base=base,
+        adapters={name: path for name, path in adapters.items() if path is not None},
+        prompts=prompts,
+        ratios=parse_ratios(ratio or []) or None,
+        judges={n: {"kind": "scalar", "model": m, "better": b} for n, (m, b) in judges.items() if m is not None},
+        constraints=constraint or None,
+        template=template,
+        samples=samples,
+        engine=engine,
+        allow_code=allow_code or None,
+        out=out,
+        seed=seed,
+    )
+    if dry_run:
+        from psacpo.evalharness.sweep import plan_summary
+
+        return _print_plan(plan_summary(config), as_json)
+    raise typer.Exit(_show_run(job(config), as_json))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A directory that `psacpo frontier` left.")] = Path(
+        "frontier"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Rebuild a run's figure, table and page; no model is loaded."""
+    from psacpo.evalharness.report import report as job
+
+    page = job(run)
+    _show({"report": str(page)}, as_json, [f"wrote {page}"])
+
+
+@app.command()
+def run(recipe: RecipeArgument = None, as_json: JsonOption = False) -> None:
+    """align, frontier, and merge at the chosen ratio; resumable."""
+    _quiet_libraries()
+    from psacpo.pipeline import run as job
+    from psacpo.recipe import Project
+
+    raise typer.Exit(_show_run(job(Project.find(recipe)), as_json))
+
+
+def _show_run(run: Path, as_json: bool) -> int:
+    """Print a run's table and verdict; 3 where its constraint is met by no ratio."""
+    from psacpo.evalharness.summary import summary, summary_lines
+
+    found = summary(run)
+    _show(found, as_json, summary_lines(run))
+    return 3 if found["choice"]["constraints"] and found["choice"]["ratio"] is None else 0
+
+
+def _show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    import json
+
+    from psacpo.console import printable
+
+    print(json.dumps(result) if as_json else printable("\n".join(lines)))
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    _show(plan, as_json, [f"{name}: {value}" for name, value in plan.items()])
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is what the user reads; a library's warnings still come through as errors would."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        print("psacpo: interrupted; the same command goes on from here", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader went away (`psacpo ... | head`); nothing is wrong with the result.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:  # a click error is the user's, anything else is ours and shows its trace
+            raise
+        code = _fail(f"{format_message()} (psacpo --help)")
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    from psacpo.console import printable
+
+    print(f"psacpo: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The settings of `frontier`: which policies answer which prompts, who judges, and what is asked of the choice."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from psacpo.config import Strict
+
+Better = Literal["higher", "lower"]
+
+
+class Generation(Strict):
+    """How answers are sampled. `temperature` 0 is greedy; `batch_size` is the number of rows in one forward pass."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    stop: list[str] = Field(default_factory=list)
+    batch_size: int = Field(32, ge=1)
+
+
+class ScalarJudge(Strict):
+    """A sequence-classification reward or cost model: its raw logit is the score."""
+
+    kind: Literal["scalar"]
+    model: str
+    better: Better = "higher"
+    template: str | None = None
+    batch_size: int = Field(32, ge=1)
+    max_length: int = Field(2048, ge=8)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("template")
+    @classmethod
+    def _both_parts(cls, template: str | None) -> str | None:
+        if template is not None and not ("{prompt}" in template and "{completion}" in template):
+            raise ValueError("a judge's template holds both {prompt} and {completion}")
+        return template
+
+
+class RefusalJudge(Strict):
+    """The rule judge: 1 where the answer refuses, else 0."""
+
+    kind: Literal["refusal"]
+    better: Better = "lower"
+
+
+class PythonJudge(Strict):
+    """A function `(prompt, completion) -> float` by dotted path, `package.module:function`.
+
+    Outside the package psacpo it runs only with --allow-code: a recipe must not run code that the user did not see.
+    """
+
+    kind: Literal["python"]
+    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    better: Better = "higher"
+
+
+Judge = Annotated[ScalarJudge | RefusalJudge | PythonJudge, Field(discriminator="kind")]
+
+
+class Metric(Strict):
+    """A number per policy out of one judge's scores.
+
+    Attributes:
+        judge: The judge's name.
+        above: If given, the metric is the rate of scores above it, else the mean score.
+        where: Only prompts whose fields have these values count.
+    """
+
+    judge: str
+    above: float | None = None
+    where: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+class Axes(Strict):
+    """The two metrics that span the frontier."""
+
+    reward: str = "reward"
+    cost: str = "cost"
+
+
+class Constraint(Strict):
+    """`metric <= limit` or `metric >= limit`, read from text such as `unsafe_rate<=0.05`."""
+
+    metric: str
+    sense: Literal["<=", ">="]
+    limit: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*([\w.@-]+)\s*(<=|>=)\s*(\S+)\s*", value)
+        try:
+            limit = float(found[3]) if found else math.nan
+        except ValueError:
+            limit = math.nan
+        if found is None or not math.isfinite(limit):
+            raise ValueError(f"constraint '{value}' cannot be read; allowed: METRIC<=NUMBER or METRIC>=NUMBER")
+        return {"metric": found[1], "sense": found[2], "limit": limit}
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sense}{self.limit:g}"
+
+
+class FrontierConfig(Strict):
+    """A sweep: adapters on one base, ratios and baselines, prompts, judges, metrics and constraints.
+
+    Attributes:
+        adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep.
+        baselines: Name -> weights of adapters; no weights is the base model.
+        audit: Two more metrics drawn beside the frontier, from judges that had no part in training.
+        resamples: Bootstrap draws over clusters of prompts (field `cluster`, else the prompt's id).
+    """
+
+    base: str
+    adapters: dict[str, Path]
+    prompts: Path
+    judges: dict[str, Judge] = Field(min_length=1)
+    out: Path
+    ratios: list[float] = Field(default=[0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0], min_length=1)
+    baselines: dict[str, dict[str, float]] = Field(default_factory=lambda: {"base": {}})
+    template: str | None = None
+    generation: Generation = Generation()
+    samples: int = Field(1, ge=1)
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    axes: Axes = Axes()
+    audit: Axes | None = None
+    constraints: list[Constraint] = Field(default_factory=list)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    resamples: int = Field(2000, ge=100)
+    max_invalid: float = Field(0.02, ge=0, le=1)
+    engine: Literal["auto", "transformers"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    seed: int = 0
+    allow_code: bool = False
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> FrontierConfig:
+        for end in ("reward", "safety"):
+            if end not in self.adapters:
+                raise ValueError(f"adapters holds no '{end}'; given: {', '.join(self.adapters) or 'none'}")
+        for ratio in self.ratios:
+            if not math.isfinite(ratio) or not 0 <= ratio <= 1:
+                raise ValueError(f"ratio {ratio} is out of range; allowed: a number from 0 to 1")
+        if sorted(set(self.ratios)) != sorted(self.ratios):
+            raise ValueError(f"two ratios are the same: {self.ratios}")
+        for name, weights in self.baselines.items():
+            _known(f"baseline '{name}' weighs adapter", weights, self.adapters)
+        _known("metrics: judge", [metric.judge for metric in self.metrics.values()], self.judges)
+        if clash := set(self.metrics) & set(self.judges):
+            raise ValueError(f"metrics: '{min(clash)}' is a judge's name already")
+        names = [*self.metrics, *self.judges, *self._default_metrics()]
+        _known("axes: metric", self.axes.model_dump().values(), names)
+        if self.audit:
+            _known("audit: metric", self.audit.model_dump().values(), names)
+        _known("constraint on metric", [constraint.metric for constraint in self.constraints], names)
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError("template holds no {prompt}")
+        return self
+
+    def _default_metrics(self) -> dict[str, Metric]:
+        """`unsafe_rate`, the share of answers whose cost is above 0, where there is a judge `cost` and no such metric."""
+        if "cost" in self.judges and "unsafe_rate" not in self.metrics:
+            return {"unsafe_rate": Metric(judge="cost", above=0.0)}
+        return {}
+
+    def all_metrics(self) -> dict[str, Metric]:
+        """Every metric by name: the mean of each judge, the recipe's own, and the defaults."""
+        return {name: Metric(judge=name) for name in self.judges} | self._default_metrics() | self.metrics
+
+
+def _known(what: str, given: Any, valid: Any) -> None:
+    for name in given:
+        if name not in valid:
+            raise ValueError(f"{what} '{name}' which is unknown; allowed: {', '.join(valid)}")

@@ -1,0 +1,100 @@
+"""Sequence-classification reward and cost models: the raw logit is the score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from psacpo.errors import InputError
+from psacpo.evalharness.config import ScalarJudge
+from psacpo.evalharness.judges.base import Verdict
+from psacpo.files import digest, digest_directory
+from psacpo.hub import model_directory
+from psacpo.prompting import Prompt, encode_completion, encode_prompt
+
+
+class Scalar:
+    """A one-label sequence classifier on the pair (prompt, completion), never squashed by a sigmoid.
+
+    The pair is written by the judge's own chat template, or by its raw template with {prompt} and {completion}.
+    """
+
+    def __init__(self, name: str, settings: ScalarJudge, *, device: str) -> None:
+        self.name, self.settings, self.device = name, settings, device
+        self.batch_size = settings.batch_size
+        self.path: Path = model_directory(settings.model, what=f"judge '{name}'")
+        self.digest = digest(
+            {
+                "kind": "scalar",
+                "files": digest_directory(self.path, patterns=("*.safetensors", "*.json", "*.jinja", "*.model")),
+                "settings": settings.model_dump(exclude={"batch_size", "model"}),
+            }
+        )
+        self._loaded: tuple[Any, Any] | None = None
+
+    def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """Scores of one batch; a pair that does not fit in `max_length` or gives no number is invalid."""
+        import torch
+
+        model, tokenizer = self._model()
+        encoded = [self._encode(tokenizer, prompt, completion) for prompt, completion in pairs]
+        fitting = [index for index, ids in enumerate(encoded) if len(ids) <= self.settings.max_length]
+        verdicts = [
+            Verdict(None, raw=f"{len(ids)} tokens, over max_length {self.settings.max_length}") for ids in encoded
+        ]
+        if not fitting:
+            return verdicts
+        width = max(len(encoded[index]) for index in fitting)
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([encoded[i] + [pad] * (width - len(encoded[i])) for i in fitting], device=model.device)
+        # From lengths, not from ids != pad: the pad token may also end an answer.
+        lengths = torch.tensor([len(encoded[i]) for i in fitting], device=model.device)
+        mask = (torch.arange(width, device=model.device)[None] < lengths[:, None]).long()
+        with torch.inference_mode():
+            scores = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        for index, score in zip(fitting, scores, strict=True):
+            verdicts[index] = Verdict(score) if math.isfinite(score) else Verdict(None, raw=f"score {score}")
+        return verdicts
+
+    def _encode(self, tokenizer: Any, prompt: Prompt, completion: str) -> list[int]:
+        if self.settings.template is None:
+            start = encode_prompt(tokenizer, prompt, None)
+            return start + encode_completion(tokenizer, prompt, completion, None)
+        if not isinstance(prompt, str):
+            prompt = prompt[-1]["content"]
+        text = _fill(self.settings.template, prompt, completion)
+        ids: list[int] = tokenizer(text)["input_ids"]
+        return ids
+
+    def _model(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            import torch
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            dtype = getattr(torch, self.settings.dtype)
+            model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
+            if model.config.num_labels != 1:
+                raise InputError(
+                    f"judge '{self.name}' at {self.settings.model} has {model.config.num_labels} labels",
+                    allowed="a scalar judge with one",
+                )
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
+            device = self.device
+            if device == "auto":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._loaded = model.to(device).eval(), tokenizer
+        return self._loaded
+
+
+def _fill(template: str, prompt: str, completion: str) -> str:
+    """Both fields in one pass, so that a prompt which holds the text {completion} stays as it is."""
+    before, _, rest = template.partition("{prompt}")
+    if "{completion}" in before:
+        before = before.replace("{completion}", completion)
+        return before + prompt + rest
+    return before + prompt + rest.replace("{completion}", completion)

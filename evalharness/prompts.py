@@ -1,0 +1,113 @@
+"""The prompts that every policy answers, and the requests that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psacpo.errors import InputError
+from psacpo.evalharness.engines.base import Policy, Request
+from psacpo.files import digest
+from psacpo.prompting import Prompt, encode_prompt
+from psacpo.rows import read_rows, require_columns
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt: its id, text or messages, the cluster it is resampled with, and its other fields (`category`, ...)."""
+
+    id: str
+    prompt: Prompt
+    cluster: str
+    fields: dict[str, Any]
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """Prompts from rows with a column `prompt`; `id` (else the row's number) and `cluster` (else the id) are optional.
+
+    Raises:
+        InputError: A row has no prompt, an empty one, or another row's id.
+    """
+    rows = read_rows(path)
+    require_columns(rows, ["prompt"], source=path)
+    seen: set[str] = set()
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        prompt = row["prompt"]
+        if not _is_prompt(prompt):
+            raise InputError(
+                f"{path} row {number}: prompt is empty or no prompt",
+                given=repr(prompt)[:60],
+                allowed='text, or messages [{"role": "user", "content": "..."}]',
+            )
+        name = str(row.get("id", number))
+        if name in seen:
+            raise InputError(f"{path} row {number}: the id '{name}' is there twice")
+        seen.add(name)
+        fields = {key: value for key, value in row.items() if key not in ("id", "prompt", "cluster")}
+        prompts.append(PromptRow(name, prompt, str(row.get("cluster", name)), fields))
+    return prompts
+
+
+def _is_prompt(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and where its answer belongs."""
+
+    request: Request
+    row: PromptRow
+    sample: int
+
+
+def plan_jobs(
+    tokenizer: Any,
+    prompts: Sequence[PromptRow],
+    policies: Sequence[Policy],
+    *,
+    template: str | None,
+    samples: int,
+    seed: int,
+    max_length: int | None,
+    max_new_tokens: int,
+    identity: dict[str, Any],
+    adapter_digests: dict[str, str],
+) -> list[Job]:
+    """Every (prompt, sample, policy), all policies of a prompt side by side, prompts by length.
+
+    Args:
+        max_length: Positions that the base has; a prompt that leaves no room for `max_new_tokens` is refused.
+        identity: All else that decides an answer (base digest, sampling, dtype, engine): part of every key.
+
+    Raises:
+        InputError: A prompt is too long.
+    """
+    jobs = []
+    for row in prompts:
+        ids = tuple(encode_prompt(tokenizer, row.prompt, template))
+        if max_length is not None and len(ids) + max_new_tokens > max_length:
+            raise InputError(
+                f"prompt '{row.id}' is {len(ids)} tokens and max_new_tokens {max_new_tokens}: over the base's "
+                f"{max_length} positions",
+                allowed="shorter prompts or a smaller max_new_tokens",
+            )
+        for sample in range(samples):
+            # One seed for all policies: common random numbers make their differences sharper.
+            draw = int(digest([seed, row.id, sample])[:16], 16)
+            for policy in policies:
+                weights = {adapter_digests[name]: w for name, w in policy.weights.items() if w != 0}
+                key = digest(identity | {"prompt_ids": ids, "weights": weights, "seed": draw})
+                # Two policies with equal weights (q = 0 and a baseline) are two records of one answer.
+                key = digest([key, policy.name])
+                jobs.append(Job(Request(key, policy, ids, draw), row, sample))
+    return sorted(jobs, key=lambda job: len(job.request.prompt_ids))

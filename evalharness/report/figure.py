@@ -1,0 +1,347 @@
+"""The frontier as a picture: reward against cost with uncertainty, the audit beside it, and the rates by ratio."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from psacpo.evalharness.config import Axes, Better, Constraint
+from psacpo.evalharness.report.labels import place, spread
+from psacpo.evalharness.report.schema import Frontier, Policy, parse_frontier
+from psacpo.evalharness.report.table import ratio_text
+
+DPI = 200
+WIDTH = 12.0  # inches; the page shows the figure at half its pixels
+HEIGHT = 5.6
+HEIGHT_AUDIT = 8.6
+
+# Okabe and Ito's palette, told apart with any common colour blindness.
+_POINT = "#0072B2"
+_CHOSEN = "#D55E00"
+_BASELINE = "#333333"
+_LIMIT = "#A3316F"
+_RATES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C00", "#D55E00")
+_RATE_MARKERS = "osD^vPX"
+_BASELINE_MARKERS = "s^Dv*PX"
+_GREY = "#666666"
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "text.parse_math": False,
+}
+
+
+def draw(frontier: Mapping[str, Any]) -> bytes:
+    """The figure of a frontier.json as PNG bytes; equal input gives equal bytes.
+
+    Raises:
+        InputError: The mapping is no frontier.json of schema 1.
+    """
+    return draw_frontier(parse_frontier(frontier))
+
+
+def draw_frontier(frontier: Frontier) -> bytes:
+    """`draw` for a frontier that is read already."""
+    plain = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context(plain | _STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names may be in any script
+        return _png(frontier)
+
+
+def _png(frontier: Frontier) -> bytes:
+    spans = frontier.spans()
+    rates = [name for name in frontier.rates() if any(point[name].mean is not None for point in frontier.points)]
+    figure = Figure(figsize=(WIDTH, HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.04)
+    figure.suptitle(headline(frontier), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
+    panels = _panels(figure, len(spans), bool(rates))
+    jobs = []
+    titles = ["By the judges", "Audit: the same policies by judges outside training"]
+    for panel, span, title in zip(panels, spans, titles, strict=False):
+        panel.set_title(title if len(spans) > 1 else "Reward against cost", pad=8)
+        jobs.append((panel, _scatter(panel, frontier, span)))
+    ends = _rates(panels[-1], frontier, rates) if rates else []
+    _legend(figure, frontier)
+    # The layout is settled by one drawing; labels are then put by hand, in pixels.
+    canvas.draw()
+    figure.set_layout_engine("none")
+    for panel, (policies, span) in jobs:
+        _label_points(panel, canvas.get_renderer(), frontier, policies, span)
+    if rates:
+        _label_rates(panels[-1], ends)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def headline(frontier: Frontier) -> str:
+    """The verdict in one line."""
+    limits = " and ".join(constraint_text(constraint) for _, constraint in frontier.choice.parsed())
+    sure = f" at {frontier.choice.confidence * 100:g} % confidence"
+    if frontier.choice.ratio is not None:
+        line = f"Chosen ratio q = {ratio_text(frontier.choice.ratio)}"
+        return line + (f": meets {limits}{sure}" if limits else "")
+    return f"No ratio meets {limits}{sure}" if limits else "No ratio was chosen"
+
+
+def constraint_text(constraint: Constraint) -> str:
+    """`unsafe_rate ≤ 0.05`."""
+    return f"{constraint.metric} {'≤' if constraint.sense == '<=' else '≥'} {constraint.limit:g}"
+
+
+def _panels(figure: Figure, scatters: int, rates: bool) -> list[Any]:
+    if not rates:
+        return [figure.add_subplot(1, scatters, i + 1) for i in range(scatters)]
+    if scatters == 1:
+        grid = figure.add_gridspec(1, 2, width_ratios=[1.55, 1])
+        return [figure.add_subplot(grid[0]), figure.add_subplot(grid[1])]
+    grid = figure.add_gridspec(2, 2, height_ratios=[2.15, 1])
+    return [figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, :])]
+
+
+def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], Axes]:
+    """Curve, points, bars and limits of one pair of metrics; gives the policies that have a place in it."""
+
+    def at(policy: Policy) -> tuple[float, float] | None:
+        x, y = policy[span.cost].mean, policy[span.reward].mean
+        return None if x is None or y is None else (x, y)
+
+    points = [point for point in frontier.points if at(point)]
+    curve = np.array([at(point) for point in points]).reshape(-1, 2)
+    panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
+    for point in points:
+        _bars(panel, point, span, _POINT)
+        sure = 0.3 + 0.7 * (1.0 if point.p_on_frontier is None else point.p_on_frontier)
+        filled = point.nondominated is not False
+        spot = {"marker": "o", "linestyle": "none", "markersize": 8.5, "zorder": 5}
+        # A white disc below keeps bars and curve from showing through a faint point.
+        panel.plot(*_xy(at(point)), color="white", markeredgewidth=0, **spot)
+        face = _POINT if filled else "none"
+        panel.plot(*_xy(at(point)), mec=_POINT, mfc=face, mew=1.5, alpha=sure, **spot)
+    if (chosen := frontier.chosen) and at(chosen):
+        panel.plot(*_xy(at(chosen)), marker="o", markersize=15, mfc="none", mec=_CHOSEN, mew=2.2, zorder=6)
+    baselines = [policy for policy in frontier.baselines if at(policy)]
+    for number, policy in enumerate(frontier.baselines):
+        if not at(policy):
+            continue
+        _bars(panel, policy, span, _BASELINE)
+        marker = _BASELINE_MARKERS[number % len(_BASELINE_MARKERS)]
+        panel.plot(*_xy(at(policy)), marker=marker, color=_BASELINE, markersize=8, mec="white", mew=0.8, zorder=5)
+    _limits(panel, frontier, span)
+    panel.set_xlabel(_axis_title(span.cost, frontier.metrics[span.cost].better))
+    panel.set_ylabel(_axis_title(span.reward, frontier.metrics[span.reward].better))
+    return points + baselines, span
+
+
+def _xy(place: tuple[float, float] | None) -> tuple[list[float], list[float]]:
+    return ([place[0]], [place[1]]) if place else ([], [])
+
+
+def _axis_title(metric: str, better: Better) -> str:
+    return f"{metric}   (better →)" if better == "higher" else f"(← better)   {metric}"
+
+
+def _bars(panel: Any, policy: Policy, span: Axes, colour: str) -> None:
+    """The intervals on both axes, as thin lines."""
+    x, y = policy[span.cost], policy[span.reward]
+    style = {"color": colour, "lw": 1.0, "alpha": 0.4, "zorder": 3, "solid_capstyle": "butt"}
+    if x.low is not None and x.high is not None:
+        panel.plot([x.low, x.high], [y.mean, y.mean], **style)
+    if y.low is not None and y.high is not None:
+        panel.plot([x.mean, x.mean], [y.low, y.high], **style)
+
+
+def _limits(panel: Any, frontier: Frontier, span: Axes) -> None:
+    """Axis limits with room for labels, then each constraint on an axis metric: its line, the forbidden side shaded."""
+    panel.margins(0.09, 0.11)
+    panel.autoscale_view()
+    for _, constraint in frontier.choice.parsed():
+        vertical = constraint.metric == span.cost
+        if not vertical and constraint.metric != span.reward:
+            continue
+        low, high = panel.get_xlim() if vertical else panel.get_ylim()
+        limit, width = constraint.limit, high - low
+        # A limit far from all points would press them together, so the view reaches at most half its width further.
+        low, high = min(low, max(limit - 0.06 * width, low - 0.5 * width)), max(high, min(limit + 0.06 * width, high + 0.5 * width))
+        (panel.set_xlim if vertical else panel.set_ylim)(low, high)
+        seen = low <= limit <= high
+        forbidden = (limit, high) if constraint.sense == "<=" else (low, limit)
+        if seen:
+            (panel.axvline if vertical else panel.axhline)(limit, color=_LIMIT, lw=1.3, ls=(0, (5, 3)), zorder=2.5)
+        if forbidden[0] < forbidden[1]:
+            clipped = (max(low, forbidden[0]), min(high, forbidden[1]))
+            (panel.axvspan if vertical else panel.axhspan)(*clipped, color=_LIMIT, alpha=0.06, lw=0, zorder=0)
+        text = constraint_text(constraint) + ("" if seen else " (off the scale)")
+        side = 0.985 if limit > (low + high) / 2 or not seen else 0.015
+        if vertical:
+            where = (min(max(limit, low), high), 0.012)
+            align = {"ha": "right" if side > 0.5 else "left", "va": "bottom", "rotation": 90}
+            panel.text(*where, text, transform=panel.get_xaxis_transform(), color=_LIMIT, fontsize=8.5, **align)
+        else:
+            where = (0.985, min(max(limit, low), high))
+            align = {"ha": "right", "va": "top" if side > 0.5 else "bottom"}
+            panel.text(*where, text, transform=panel.get_yaxis_transform(), color=_LIMIT, fontsize=8.5, **align)
+
+
+def _label_points(panel: Any, renderer: Any, frontier: Frontier, policies: Sequence[Policy], span: Axes) -> None:
+    """Name every point and baseline where the name covers nothing, with a thin line where it had to move away."""
+    if not policies:
+        return
+    scale = DPI / 100
+    texts, places = [], []
+    for policy in policies:
+        chosen = policy.ratio is not None and policy.ratio == frontier.choice.ratio
+        name = _short(policy.name) if policy.ratio is None else f"q={ratio_text(policy.ratio)}"
+        texts.append(
+            panel.text(
+                0,
+                0,
+                name + (" chosen" if chosen else ""),
+                fontsize=9 if not chosen else 9.5,
+                fontweight="bold" if chosen else "normal",
+                color=_CHOSEN if chosen else _BASELINE if policy.ratio is None else "#1F3B4D",
+                ha="center",
+                va="center",
+                zorder=8,
+            )
+        )
+        places.append((policy[span.cost].mean, policy[span.reward].mean))
+    to_pixels = panel.transData
+    anchors = to_pixels.transform(np.array(places, dtype=float))
+    extents = [text.get_window_extent(renderer) for text in texts]
+    sizes = np.array([[extent.width, extent.height] for extent in extents]) + np.array([5.0, 2.0]) * scale
+    others = [t.get_window_extent(renderer).extents for t in panel.texts if t not in texts]
+    frame = panel.bbox.extents
+    order = sorted(range(len(policies)), key=lambda i: policies[i].ratio != frontier.choice.ratio)
+    centres = place(
+        anchors,
+        sizes,
+        frame,
+        radius=7.0 * scale,
+        hard=np.array(others, dtype=float).reshape(-1, 4),
+        soft=_inked(panel, scale),
+        order=order,
+        scale=scale,
+    )
+    back = to_pixels.inverted()
+    for text, anchor, centre, size in zip(texts, anchors, centres, sizes, strict=True):
+        text.set_position(back.transform(centre))
+        nearest = np.clip(anchor, centre - size / 2, centre + size / 2)
+        if np.linalg.norm(nearest - anchor) > 15 * scale:
+            ends = back.transform(np.array([anchor, nearest]))
+            panel.plot(ends[:, 0], ends[:, 1], color="#999999", lw=0.6, zorder=2.8, scalex=False, scaley=False)
+
+
+def _inked(panel: Any, scale: float) -> Any:
+    """Points every few pixels on all lines drawn so far, in pixels. Shape (points, 2)."""
+    found = [np.empty((0, 2))]
+    for line in panel.lines:
+        path = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+        for start, end in zip(path[:-1], path[1:], strict=True):
+            steps = max(2, int(np.hypot(*(end - start)) / (4 * scale)))
+            found.append(start + np.linspace(0, 1, steps)[:, None] * (end - start))
+    return np.concatenate(found)
+
+
+def _short(name: str, length: int = 28) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _rates(panel: Any, frontier: Frontier, rates: Sequence[str]) -> list[tuple[float, str, str]]:
+    """Each rate as a curve over the ratio with its interval; gives where, what and in which colour to name at the right."""
+    panel.set_title("Rates by ratio", pad=8)
+    ratios = [point.ratio or 0.0 for point in frontier.points]
+    ends = []
+    top = 0.0
+    for number, name in enumerate(rates):
+        colour = _RATES[number % len(_RATES)]
+        known = [(point.ratio or 0.0, point[name]) for point in frontier.points if point[name].mean is not None]
+        x = [ratio for ratio, _ in known]
+        y = [estimate.mean or 0.0 for _, estimate in known]
+        low = [e.low if e.low is not None else e.mean or 0.0 for _, e in known]
+        high = [e.high if e.high is not None else e.mean or 0.0 for _, e in known]
+        marker = _RATE_MARKERS[number % len(_RATE_MARKERS)]
+        panel.plot(x, y, color=colour, lw=1.6, marker=marker, markersize=4.5, zorder=4)
+        panel.fill_between(x, low, high, color=colour, alpha=0.13, lw=0, zorder=2)
+        ends.append((y[-1], _short(name), colour))
+        top = max(top, *high)
+        for _, constraint in frontier.choice.parsed():
+            if constraint.metric == name:
+                panel.axhline(constraint.limit, color=colour, lw=1.2, ls=(0, (5, 3)), zorder=3)
+                ends.append((constraint.limit, "limit " + constraint_text(constraint), colour))
+                top = max(top, min(constraint.limit, 1.0))
+    if frontier.choice.ratio is not None:
+        panel.axvline(frontier.choice.ratio, color=_CHOSEN, lw=1.3, zorder=1)
+    panel.set_ylim(-0.02 * max(top, 0.02), 1.08 * max(top, 0.02))
+    span = (max(ratios) - min(ratios)) or 1.0
+    panel.set_xlim(min(ratios) - 0.02 * span, max(ratios) + 0.02 * span)
+    if len(ratios) <= 11:
+        panel.set_xticks(ratios, [ratio_text(ratio) for ratio in ratios])
+    panel.tick_params(axis="x", labelsize=8.5)
+    panel.set_xlabel("ratio q   (0: reward adapter, 1: safety adapter)")
+    # Room at the right for the names, which are put once the layout is known.
+    for _, name, _ in ends[:0]:
+        panel.text(1, 0, name)
+    widest = max((text for _, text, _ in ends), key=len)
+    panel.text(1.02, 0.5, widest, transform=panel.transAxes, fontsize=9, alpha=0)
+    return ends
+
+
+def _label_rates(panel: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """The names of the curves at their right ends, moved apart."""
+    low, high = panel.get_ylim()
+    height = panel.bbox.height / DPI * 72  # points
+    gap = 11.5 / height * (high - low)
+    places = spread([min(max(value, low), high) for value, _, _ in ends], gap, low, high)
+    for (_, name, colour), y in zip(ends, places, strict=True):
+        panel.text(
+            1.015, y, name, transform=panel.get_yaxis_transform(), color=colour, fontsize=9, va="center", ha="left"
+        )
+
+
+def _legend(figure: Figure, frontier: Frontier) -> None:
+    def spot(**style: Any) -> Line2D:
+        return Line2D([], [], linestyle="none", **({"marker": "o", "markersize": 8, "mec": _POINT, "mew": 1.4} | style))
+
+    entries = [(spot(mfc=_POINT), "not dominated"), (spot(mfc="none"), "dominated by another ratio")]
+    entries.append((spot(mfc=_POINT, alpha=0.35), "fainter: less likely on the frontier"))
+    if frontier.choice.ratio is not None:
+        entries.append((spot(mfc="none", mec=_CHOSEN, markersize=12, mew=2), "chosen ratio"))
+    if frontier.baselines:
+        entries.append((spot(marker="s", mec="white", mfc=_BASELINE), "baseline"))
+    confidence = f"{frontier.choice.confidence * 100:g} % interval"
+    entries.append((Line2D([], [], color=_GREY, lw=1), confidence))
+    figure.legend(
+        [handle for handle, _ in entries],
+        [label for _, label in entries],
+        loc="outside lower left",
+        ncols=len(entries),
+        fontsize=9,
+        handletextpad=0.5,
+        columnspacing=1.6,
+        labelcolor="#333333",
+    )

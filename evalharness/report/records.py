@@ -1,0 +1,204 @@
+"""A run directory's records, read back: only what belongs to the run's present settings, every string harmless."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from psacpo.console import printable
+from psacpo.errors import InputError
+from psacpo.evalharness.report.schema import Frontier, parse_frontier
+
+FRONTIER = "frontier.json"
+PLAN = "plan.json"
+PROMPTS = "prompts.jsonl"
+COMPLETIONS = "completions.jsonl"
+VERDICTS = "verdicts.jsonl"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judge's view of one completion; `score` is None where the verdict is invalid."""
+
+    score: float | None
+    label: str | None = None
+    raw: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of one policy, with the verdict of each judge that gave one."""
+
+    policy: str
+    prompt_id: str
+    sample: int
+    text: str
+    n_tokens: int | None
+    truncated: bool
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the report is made of.
+
+    Attributes:
+        prompts: Prompt id -> its row, in the file's order.
+        completions: (policy, prompt id) -> its samples in order.
+        notes: What the files lack or hold beyond the frontier, one sentence each.
+    """
+
+    frontier: Frontier
+    prompts: dict[str, dict[str, Any]]
+    completions: dict[tuple[str, str], list[Completion]]
+    notes: list[str]
+
+
+def harmless(value: Any) -> Any:
+    """`value` with every string in it free of terminal codes, bidirectional overrides and lone surrogates."""
+    if isinstance(value, str):
+        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return printable(text.replace("\r\n", "\n"))
+    if isinstance(value, Mapping):
+        return {harmless(key): harmless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [harmless(item) for item in value]
+    return value
+
+
+def read_run(run: Path) -> Run:
+    """Read the records of a run.
+
+    completions.jsonl and verdicts.jsonl are logs that also hold what earlier settings made; plan.json names the
+    completions of the present ones, and frontier.json the digest of each judge.
+
+    Raises:
+        InputError: `run` is not a finished run, or a file is missing or damaged.
+    """
+    if not (run / FRONTIER).is_file():
+        raise InputError(f"{run} holds no {FRONTIER}", allowed="the output directory of a finished psacpo frontier")
+    frontier = parse_frontier(_read_json(run / FRONTIER), where=str(run / FRONTIER))
+    planned = _planned(run / PLAN)
+    prompts = {_get(row, "id", str, where): row for where, row in _read_lines(run / PROMPTS)}
+    for key, row in prompts.items():
+        row["messages"] = _messages(row.get("prompt"), f"{run / PROMPTS}: prompt '{key}'")
+    verdicts = _verdicts(run / VERDICTS, frontier, planned)
+    found = _completions(run / COMPLETIONS, planned, verdicts)
+
+    names = {policy.name for policy in frontier.policies()}
+    kept = [item for item in found.values() if item.policy in names and item.prompt_id in prompts]
+    grouped: dict[tuple[str, str], list[Completion]] = {}
+    for item in sorted(kept, key=lambda item: item.sample):
+        grouped.setdefault((item.policy, item.prompt_id), []).append(item)
+    notes = []
+    if missing := len(planned) - len(found):
+        notes.append(f"{missing} of {len(planned)} planned completions have no record in {COMPLETIONS}.")
+    if strange := len(found) - len(kept):
+        notes.append(f"{strange} completions are of policies or prompts that {FRONTIER} and {PROMPTS} do not hold.")
+    return Run(frontier, prompts, grouped, notes)
+
+
+def _planned(path: Path) -> Set[str]:
+    plan = _read_json(path)
+    keys = plan.get("completions") if isinstance(plan, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise InputError(f"{path} is damaged: it holds no list 'completions' of keys")
+    return frozenset(keys)
+
+
+def _completions(path: Path, planned: Set[str], verdicts: Mapping[str, dict[str, Verdict]]) -> dict[str, Completion]:
+    """The planned completions by key; of two records of one key the later counts."""
+    found = {}
+    for where, row in _read_lines(path):
+        key = _get(row, "key", str, where)
+        if key not in planned:
+            continue
+        tokens = row.get("n_tokens")
+        found[key] = Completion(
+            policy=_get(row, "policy", str, where),
+            prompt_id=_get(row, "prompt_id", str, where),
+            sample=_get(row, "sample", int, where),
+            text=_get(row, "text", str, where),
+            n_tokens=tokens if isinstance(tokens, int) else None,
+            truncated=row.get("finish_reason") == "length",
+            verdicts=verdicts.get(key, {}),
+        )
+    return found
+
+
+def _verdicts(path: Path, frontier: Frontier, planned: Set[str]) -> dict[str, dict[str, Verdict]]:
+    """Completion key -> judge -> verdict, of the judges as this run used them; the later of two records counts."""
+    found: dict[str, dict[str, Verdict]] = {}
+    for where, row in _read_lines(path):
+        key, judge = _get(row, "completion", str, where), _get(row, "judge", str, where)
+        known = frontier.judges.get(judge)
+        if key not in planned or known is None or row.get("judge_digest") != known.digest:
+            continue
+        score = row.get("score")
+        if isinstance(score, bool) or not (score is None or isinstance(score, int | float)):
+            raise InputError(f"{where} is damaged: 'score' is not a number", given=score)
+        usable = score is not None and row.get("valid") is True and math.isfinite(score)
+        label, raw = row.get("label"), row.get("raw")
+        found.setdefault(key, {})[judge] = Verdict(
+            score=score if usable else None,
+            label=None if label is None else str(label),
+            raw=None if raw is None else str(raw),
+        )
+    return found
+
+
+def _messages(prompt: object, where: str) -> list[tuple[str, str]]:
+    """A prompt as (role, content) pairs; a plain string is the user's."""
+    if isinstance(prompt, str):
+        return [("user", prompt)]
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        return [(str(message.get("role", "user")), str(message.get("content", ""))) for message in prompt]
+    raise InputError(f"{where} is damaged", allowed="a string, or a list of {role, content}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return harmless(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} holds no {path.name}", allowed="a finished psacpo frontier") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON lines file, each with its place for messages.
+
+    A last line without its end is a record that an interruption cut short: it was never finished, so it is not read.
+    """
+    try:
+        with path.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                where = f"{path} line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    if not line.endswith(b"\n"):
+                        return
+                    raise InputError(f"{where} is damaged: {error}") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} is damaged: not a JSON object")
+                yield where, harmless(row)
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} holds no {path.name}", allowed="a finished psacpo frontier") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _get(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    value = row.get(name)
+    if not isinstance(value, kind):
+        raise InputError(f"{where} is damaged: '{name}' is {'missing' if value is None else 'of the wrong kind'}")
+    return value

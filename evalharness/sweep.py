@@ -1,0 +1,346 @@
+"""The job `frontier`: all policies answer all prompts from one loaded base, judges score, the frontier is traced."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+from psacpo.console import progress, say
+from psacpo.errors import InputError
+from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.engines import Policy, make_engine
+from psacpo.evalharness.judges import Judge, make_judge
+from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
+from psacpo.evalharness.records import Record, Store, locked, read_records
+from psacpo.evalharness.trace import Score, better, trace
+from psacpo.files import digest, digest_file, read_manifest, write_atomically, write_manifest
+from psacpo.merge import policy_name
+from psacpo.merge.adapters import Adapter, read_adapter, require_compatible
+from psacpo.merge.bases import find_base
+from psacpo.prompting import Prompt, require_chat_template
+
+Item = TypeVar("Item")
+FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN = (
+    "frontier.json",
+    "completions.jsonl",
+    "verdicts.jsonl",
+    "prompts.jsonl",
+    "plan.json",
+)
+
+
+@dataclass
+class _Plan:
+    """Everything that is known before the expensive part starts."""
+
+    base: Path
+    base_digest: str
+    adapters: dict[str, Adapter]
+    judges: dict[str, Judge]
+    prompts: list[PromptRow]
+    policies: list[Policy]
+    jobs: list[Job]
+    records: dict[str, Record] = field(default_factory=dict)
+
+
+def frontier(config: FrontierConfig) -> Path:
+    """Sweep the ratios, judge the answers, trace the frontier, draw the report.
+
+    The run directory can be interrupted at any point; the same command goes on from there and ends in the same
+    result. Finished answers and verdicts are found by their content, so a changed adapter, prompt, setting or judge
+    never meets a stale one.
+
+    Returns:
+        The run directory: frontier.json, frontier.png, points.csv, report.html, completions.jsonl, verdicts.jsonl,
+        prompts.jsonl, plan.json, psacpo.json.
+
+    Raises:
+        InputError: Something in the settings or the files they name is wrong; nothing expensive was started. Or the
+            share of invalid verdicts is over `max_invalid`; everything is kept.
+    """
+    _require_run_directory(config.out)
+    plan = _plan(config)
+    with locked(config.out):
+        _write_inputs(config, plan)
+        completions = _generate(config, plan)
+        scores, invalid = _judge(config, plan, completions)
+        result = {"schema": 1} | _head(config, plan) | trace(config, plan.policies, plan.prompts, scores)
+        result |= _tail(config, plan, completions, invalid)
+        write_atomically(config.out / FRONTIER, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        from psacpo.evalharness.report import report
+
+        report(config.out)
+    _refuse_invalid(config, invalid, len(completions))
+    return config.out
+
+
+def plan_summary(config: FrontierConfig) -> dict[str, Any]:
+    """What `frontier` would do, after every check it makes before the expensive part."""
+    _require_run_directory(config.out)
+    plan = _plan(config)
+    keys = {job.request.key for job in plan.jobs}
+    path = config.out / COMPLETIONS
+    done = keys & {record["key"] for record in read_records(path)} if path.is_file() else set()
+    return {
+        "base": str(plan.base),
+        "policies": [policy.name for policy in plan.policies],
+        "prompts": len(plan.prompts),
+        "answers": len(plan.jobs),
+        "answers found": len(done),
+        "prompt tokens": sum(len(job.request.prompt_ids) for job in plan.jobs),
+        "new tokens at most": (len(keys) - len(done)) * config.generation.max_new_tokens,
+        "judges": {name: len(plan.jobs) for name in plan.judges},
+        "out": str(config.out),
+    }
+
+
+def _require_run_directory(run: Path) -> None:
+    """A new or empty directory, or one that a `frontier` of before left."""
+    if run.is_symlink() or (run.exists() and not run.is_dir()):
+        raise InputError(f"output {run} exists and is not a directory")
+    if run.is_dir() and any(path.name != ".lock" for path in run.iterdir()):
+        manifest = read_manifest(run)
+        if manifest is None or manifest.get("kind") != "frontier":
+            raise InputError(
+                f"output directory {run} is in use (it holds files that are not a frontier run's)",
+                allowed="a new or empty directory, or an earlier run to go on with",
+            )
+
+
+def _plan(config: FrontierConfig) -> _Plan:
+    """Read and check all inputs; load no model weights."""
+    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+    require_compatible(adapters)
+    found = find_base(config.base, adapters, on_disk=True)
+    assert found.path is not None
+    assert found.digest is not None
+    base, base_digest = found.path, found.digest
+    prompts = read_prompts(config.prompts)
+    _require_fields(config, prompts)
+    judges = {
+        name: make_judge(name, settings, device=config.device, allow_code=config.allow_code)
+        for name, settings in config.judges.items()
+    }
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if config.template is None:
+        require_chat_template(tokenizer)
+    policies = [
+        Policy(policy_name(ratio), {"reward": 1 - ratio, "safety": ratio}, ratio) for ratio in sorted(config.ratios)
+    ]
+    policies += [Policy(name, weights) for name, weights in config.baselines.items()]
+    jobs = plan_jobs(
+        tokenizer,
+        prompts,
+        policies,
+        template=config.template,
+        samples=config.samples,
+        seed=config.seed,
+        max_length=getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None),
+        max_new_tokens=config.generation.max_new_tokens,
+        identity={
+            "base": base_digest,
+            "generation": config.generation.model_dump(exclude={"batch_size"}),
+            "dtype": config.dtype,
+            "engine": "transformers",
+        },
+        adapter_digests={name: adapter.digest for name, adapter in adapters.items()},
+    )
+    return _Plan(base, base_digest, adapters, judges, prompts, policies, jobs)
+
+
+def _require_fields(config: FrontierConfig, prompts: Sequence[PromptRow]) -> None:
+    """Refuse a metric whose `where` fits no prompt: it would be silently empty."""
+    for name, metric in config.all_metrics().items():
+        if not any(all(row.fields.get(k) == v for k, v in metric.where.items()) for row in prompts):
+            fields = sorted({key for row in prompts for key in row.fields})
+            raise InputError(
+                f"metric '{name}': no prompt of {config.prompts} has {metric.where}",
+                allowed=f"fields of the prompts: {', '.join(fields) or 'none'}",
+            )
+
+
+def _write_inputs(config: FrontierConfig, plan: _Plan) -> None:
+    """psacpo.json first, so that an interrupted run is known for one; then what the records refer to."""
+    run = config.out
+    write_manifest(
+        run,
+        kind="frontier",
+        config=config.model_dump(mode="json", by_alias=True),
+        inputs={"base": plan.base_digest, "prompts": digest_file(config.prompts)}
+        | {f"adapter {name}": adapter.digest for name, adapter in plan.adapters.items()}
+        | {f"judge {name}": judge.digest for name, judge in plan.judges.items()},
+        seeds={"seed": config.seed},
+    )
+    rows = [{"id": r.id, "prompt": r.prompt, "cluster": r.cluster} | r.fields for r in plan.prompts]
+    write_atomically(run / PROMPTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(run / PLAN, json.dumps({"completions": [job.request.key for job in plan.jobs]}) + "\n")
+
+
+def _generate(config: FrontierConfig, plan: _Plan) -> list[tuple[Job, Record]]:
+    """Every job's completion record, made now or found."""
+    started = time.perf_counter()
+    engine = None
+
+    def work(batch: Sequence[Job]) -> Iterable[Record]:
+        nonlocal engine
+        if engine is None:
+            engine = make_engine(config, plan.adapters)
+        by_key = {job.request.key: job for job in batch}
+        for answer in engine.generate([job.request for job in batch]):
+            job = by_key[answer.key]
+            yield {
+                "key": answer.key,
+                "policy": job.request.policy.name,
+                "ratio": job.request.policy.ratio,
+                "prompt_id": job.row.id,
+                "sample": job.sample,
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "n_tokens": len(answer.token_ids),
+                "finish_reason": answer.finish_reason,
+                "seed": job.request.seed,
+            }
+
+    with Store(config.out / COMPLETIONS) as store, progress("generate", len(plan.jobs)) as advance:
+        before = sum(job.request.key in store.records for job in plan.jobs)
+        for done in store.fill(_chunks(plan.jobs, config.generation.batch_size), lambda job: job.request.key, work):
+            advance(done)
+        completions = [(job, store.records[job.request.key]) for job in plan.jobs]
+    _say_done("generated", len(plan.jobs), before, time.perf_counter() - started)
+    return completions
+
+
+def _judge(
+    config: FrontierConfig, plan: _Plan, completions: Sequence[tuple[Job, Record]]
+) -> tuple[list[Score], dict[str, int]]:
+    """All valid scores, and how many verdicts of each judge are invalid."""
+    scores: list[Score] = []
+    invalid: dict[str, int] = {}
+    with Store(config.out / VERDICTS) as store:
+        for name, judge in plan.judges.items():
+            started = time.perf_counter()
+            groups = _same_text(completions)
+            batches = [[item for group in chunk for item in group] for chunk in _chunks(groups, judge.batch_size)]
+            direction = config.judges[name].better
+
+            def key(item: tuple[Job, Record], judge: Judge = judge) -> str:
+                return digest([judge.digest, item[1]["key"], item[1]["text"]])
+
+            def work(
+                batch: Sequence[tuple[Job, Record]], judge: Judge = judge, name: str = name, direction: str = direction
+            ) -> Iterable[Record]:
+                pairs = {(job.row.id, record["text"]): job.row.prompt for job, record in batch}
+                asked: list[tuple[Prompt, str]] = [(prompt, text) for (_, text), prompt in pairs.items()]
+                found = dict(zip(pairs, judge.judge(asked), strict=True))
+                for job, record in batch:
+                    verdict = found[job.row.id, record["text"]]
+                    yield {
+                        "key": digest([judge.digest, record["key"], record["text"]]),
+                        "completion": record["key"],
+                        "judge": name,
+                        "judge_digest": judge.digest,
+                        "score": verdict.score,
+                        "label": verdict.label,
+                        "probability": verdict.probability,
+                        "raw": verdict.raw,
+                        "valid": verdict.valid,
+                        "direction": direction,
+                    }
+
+            before = sum(key(item) in store.records for item in completions)
+            with progress(f"judge {name}", len(completions)) as advance:
+                for done in store.fill(batches, key, work):
+                    advance(done)
+            verdicts = [(item[0], store.records[key(item)]) for item in completions]
+            invalid[name] = sum(not verdict["valid"] for _, verdict in verdicts)
+            scores += [
+                Score(job.request.policy.name, job.row, name, float(verdict["score"]))
+                for job, verdict in verdicts
+                if verdict["valid"]
+            ]
+            _say_done(f"judged by {name}:", len(completions), before, time.perf_counter() - started)
+    return scores, invalid
+
+
+def _same_text(completions: Sequence[tuple[Job, Record]]) -> list[list[tuple[Job, Record]]]:
+    """Completions grouped by prompt and text, shortest text first: equal answers are judged once."""
+
+    def place(item: tuple[Job, Record]) -> tuple[int, str, str]:
+        return len(item[1]["text"]), item[0].row.id, item[1]["text"]
+
+    return [list(group) for _, group in groupby(sorted(completions, key=place), key=place)]
+
+
+def _head(config: FrontierConfig, plan: _Plan) -> dict[str, Any]:
+    """What the numbers of frontier.json mean."""
+    metrics = {
+        name: metric.model_dump() | {"better": better(config, metric)} for name, metric in config.all_metrics().items()
+    }
+    judges = {}
+    for name, settings in config.judges.items():
+        shown = settings.model_dump(exclude_none=True)
+        if "model" in shown and Path(shown["model"]).is_dir():
+            shown["model"] = Path(shown["model"]).name
+        judges[name] = shown | {"digest": plan.judges[name].digest}
+    return {
+        "axes": config.axes.model_dump(),
+        "audit": config.audit.model_dump() if config.audit else None,
+        "metrics": metrics,
+        "judges": judges,
+    }
+
+
+def _tail(
+    config: FrontierConfig, plan: _Plan, completions: Sequence[tuple[Job, Record]], invalid: dict[str, int]
+) -> dict[str, Any]:
+    """Counts, warnings and how to make it again."""
+    records = [record for _, record in completions]
+    truncated = sum(record["finish_reason"] == "length" for record in records)
+    empty = sum(not record["text"].strip() for record in records)
+    warnings = []
+    if truncated > 0.05 * len(records):
+        warnings.append(
+            f"{truncated} of {len(records)} answers reached max_new_tokens {config.generation.max_new_tokens} "
+            "and are cut: their scores are those of cut text"
+        )
+    if empty:
+        warnings.append(f"{empty} of {len(records)} answers are empty")
+    warnings += [f"{count} verdicts of judge {name} are invalid" for name, count in invalid.items() if count]
+    return {
+        "counts": {
+            "prompts": len(plan.prompts),
+            "clusters": len({row.cluster for row in plan.prompts}),
+            "generated": len(records),
+            "truncated": truncated,
+            "empty": empty,
+            "invalid": sum(invalid.values()),
+        },
+        "warnings": warnings,
+        "seed": config.seed,
+        "command": "psacpo frontier",
+    }
+
+
+def _refuse_invalid(config: FrontierConfig, invalid: dict[str, int], answers: int) -> None:
+    for name, count in invalid.items():
+        if count > config.max_invalid * answers:
+            raise InputError(
+                f"judge '{name}' gave {count} invalid verdicts on {answers} answers; all is kept in {config.out}",
+                allowed=f"at most max_invalid {config.max_invalid:.0%}",
+            )
+
+
+def _say_done(what: str, total: int, before: int, seconds: float) -> None:
+    found = f" ({before} of them found in this run's records)" if before else ""
+    say(f"{what} {total} answers in {seconds:.1f} s{found}")
+
+
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

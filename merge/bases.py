@@ -1,0 +1,249 @@
+"""The base model under the adapters: where it is, whether it is the one they were made on, how it lies on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from psacpo.errors import InputError
+from psacpo.files import digest_model
+from psacpo.merge.adapters import CONFIG as ADAPTER_CONFIG
+from psacpo.merge.adapters import Adapter
+from psacpo.merge.tensorfiles import Entry, read_header, read_json
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Weights of the same model in other formats, and what a training run leaves behind: neither used nor copied.
+OTHER_WEIGHTS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"))
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that adapters belong to.
+
+    Attributes:
+        name: Hub id, or the absolute path of a local directory.
+        path: Its directory; None for a hub model that was not needed on disk.
+        digest: Of its weights and configuration, None where it is not on disk.
+    """
+
+    name: str
+    path: Path | None
+    digest: str | None
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory by its headers: no weight is read.
+
+    Attributes:
+        path: The directory.
+        config: config.json.
+        index: The name of the shard index, None for a model in one file.
+        shards: File name -> (where its tensors begin, its tensors in the order in which they lie).
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    index: str | None
+    shards: Mapping[str, tuple[int, Mapping[str, Entry]]]
+
+    def find(self, tensor: str) -> tuple[str, Entry] | None:
+        """The shard that holds a tensor, and its entry there."""
+        for shard, (_, entries) in self.shards.items():
+            if tensor in entries:
+                return shard, entries[tensor]
+        return None
+
+    def read(self, tensor: str) -> torch.Tensor | None:
+        """A tensor's values, None where there is no such tensor."""
+        found = self.find(tensor)
+        if found is None:
+            return None
+        with safe_open(self.path / found[0], framework="pt") as weights:
+            value: torch.Tensor = weights.get_tensor(tensor)
+            return value
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether input and output embedding are one weight, also where config.json leaves that to the model class."""
+        said = self.config.get("tie_word_embeddings")
+        if said is not None:
+            return bool(said)
+        from transformers import AutoConfig
+
+        try:
+            return bool(AutoConfig.from_pretrained(self.path).tie_word_embeddings)
+        except (ValueError, OSError, AttributeError):
+            return True  # a model class that is not known here: the careful answer
+
+
+def find_base(name: str | None, adapters: Mapping[str, Adapter], *, on_disk: bool) -> Base:
+    """The base of some adapters, once it is certain that each was made on it.
+
+    A digest of the base in an adapter's manifest decides, where the base is a local directory; the name that
+    adapter_config.json gives decides elsewhere.
+
+    Args:
+        name: Directory or hub id; None takes what the first adapter names.
+        adapters: What to call each -> the adapter.
+        on_disk: Whether a hub model is fetched (or taken from the local cache).
+
+    Raises:
+        InputError: There is no such model, it is no model directory, or an adapter is for another base.
+    """
+    (_, first), *_ = adapters.items()
+    wanted = first.base if name is None else name
+    local = Path(wanted).is_dir()
+    if local:
+        path: Path | None = Path(wanted)
+    elif _is_path(wanted):
+        raise InputError(
+            f"no base model directory at {wanted}" + (", which the adapter names" if name is None else ""),
+            allowed="--base with a model directory or hub id",
+        )
+    else:
+        needed = on_disk or any(adapter.copies for adapter in adapters.values())
+        path = _fetch(wanted, first.revision) if needed else None
+    if path is not None:
+        _require_model(path)
+    _require_same_name_or_digest(wanted, adapters, local=local)
+    digest = digest_model(path) if path else None
+    if local:
+        for role, adapter in adapters.items():
+            if adapter.base_digest is not None and adapter.base_digest != digest:
+                raise InputError(
+                    f"adapter for another base: {role} adapter {adapter.path} was made on weights that are not those "
+                    f"in {wanted}",
+                    given=f"base digest {digest}",
+                    allowed=f"{adapter.base_digest}",
+                )
+    if path is not None:
+        _require_unchanged_copies(path, adapters)
+    return Base(name=os.path.abspath(wanted) if local else wanted, path=path, digest=digest)
+
+
+def read_model(path: Path) -> ModelDirectory:
+    """A model directory by its headers.
+
+    Raises:
+        InputError: No safetensors weights, a missing or damaged shard, or quantised weights.
+    """
+    _require_model(path)
+    config = read_json(path / CONFIG)
+    if config.get("quantization_config"):
+        raise InputError(
+            f"base {path} is quantised (quantization_config in {CONFIG})", allowed="float weights, or --as adapter"
+        )
+    if (path / WEIGHTS).is_file():
+        return ModelDirectory(path, config, None, {WEIGHTS: read_header(path / WEIGHTS)})
+    if not (path / INDEX).is_file():
+        pickled = sorted(file.name for file in path.glob("pytorch_model*"))
+        if pickled:
+            raise InputError(f"base {path} holds {pickled[0]}, which is pickle and not read", allowed="safetensors")
+        raise InputError(f"{path} is not a model directory with weights: no {WEIGHTS} or {INDEX} in it")
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path / INDEX} is damaged: no weight_map")
+    shards = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (path / shard).is_file():
+            raise InputError(f"{path} lacks the shard {shard} that {INDEX} names")
+        shards[shard] = read_header(path / shard)
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard][1]:
+            raise InputError(f"{path / shard} lacks the tensor {tensor} that {INDEX} places there")
+    return ModelDirectory(path, config, INDEX, shards)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path: a hub id is `name` or `owner/name`."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_absolute()
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """The directory of a hub model, out of the local cache when the machine is offline."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=constants.HF_HUB_OFFLINE,
+                ignore_patterns=[f"*{suffix}" for suffix in sorted(OTHER_WEIGHTS)] + ["original/*"],
+            )
+        )
+    except Exception as error:  # the hub's client raises errors of a dozen unrelated classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"no base model {name} here or on the hub: {reason}", allowed="a directory or hub id"
+        ) from error
+
+
+def _require_model(path: Path) -> None:
+    if (path / ADAPTER_CONFIG).is_file():
+        raise InputError(f"base {path} is an adapter directory ({ADAPTER_CONFIG} in it)", allowed="a model directory")
+    if not (path / CONFIG).is_file():
+        raise InputError(f"base {path} is not a model directory: no {CONFIG} in it")
+
+
+def _require_same_name_or_digest(base: str, adapters: Mapping[str, Adapter], *, local: bool) -> None:
+    digests = {role: adapter.base_digest for role, adapter in adapters.items() if adapter.base_digest}
+    if len(set(digests.values())) > 1:
+        found = ", ".join(f"{role} on {digest[:12]}" for role, digest in digests.items())
+        raise InputError(f"adapter for another base: the adapters were made on different base weights ({found})")
+    for role, adapter in adapters.items():
+        if local and role in digests:
+            continue  # its digest will be held against the base's: a project may have moved
+        if not _same_model(adapter.base, base):
+            raise InputError(
+                f"adapter for another base: {role} adapter {adapter.path} is for {adapter.base}",
+                given=f"base {base}",
+                allowed=f"the base that base_model_name_or_path in its {ADAPTER_CONFIG} names",
+            )
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or _canonical(one) == _canonical(other)
+
+
+def _canonical(name: str) -> str:
+    """The hub id of a directory in the hub's cache, the real path of another directory, else the name."""
+    if not Path(name).is_dir():
+        return name
+    real = os.path.realpath(name)
+    cached = re.search(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]", real + os.sep)
+    return cached[1].replace("--", "/") if cached else real
+
+
+def _require_unchanged_copies(path: Path, adapters: Mapping[str, Adapter]) -> None:
+    """Refuse an adapter that brings an embedding of its own: only a copy of the base's says nothing new."""
+    if not any(adapter.copies for adapter in adapters.values()):
+        return
+    model = read_model(path)
+    for role, adapter in adapters.items():
+        for module in sorted(adapter.copies):
+            copy, weight = adapter.copy_of(module), model.read(f"{module}.weight")
+            if weight is None and model.ties_embeddings:
+                weight = next((model.read(f"{m}.weight") for m in sorted(adapter.copies - {module})), None)
+            if weight is None or not _same_values(copy, weight):
+                raise InputError(
+                    f"{role} adapter {adapter.path} changes the whole weight of {module}, not only by LoRA factors",
+                    allowed="an adapter whose saved copy of it equals the base's",
+                )
+
+
+def _same_values(copy: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether two tensors are equal in one of their dtypes: the narrower is the one that values were rounded to."""
+    if copy.shape != weight.shape:
+        return False
+    return torch.equal(copy.to(weight.dtype), weight) or torch.equal(weight.to(copy.dtype), copy)

@@ -1,0 +1,217 @@
+"""psacpo.yaml, the one recipe of a project directory, and how each command's settings come out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from psacpo.align.config import AlignConfig, Dtype, Lora, Stage
+from psacpo.config import Strict, read_yaml, validate
+from psacpo.errors import InputError
+from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric
+from psacpo.files import write_atomically
+from psacpo.merge.config import MergeConfig, OutputKind, policy_name
+
+RECIPE = "psacpo.yaml"
+
+
+class Recipe(Strict):
+    """Everything that a project's commands need. Relative paths are relative to the recipe's own directory."""
+
+    base: str
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    template: str | None = None
+    seed: int = 0
+
+    # align
+    beta: float = Field(0.1, gt=0)
+    lambda_: float = Field(10.0, gt=0, alias="lambda")
+    lora: Lora = Lora()
+    max_length: int = 512
+    stages: list[Stage] = Field(default_factory=list)
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+    out: str = "."
+
+    # merge
+    adapters: dict[str, str] = Field(default_factory=lambda: {"reward": "reward", "safety": "safety"})
+    as_: OutputKind = Field("adapter", alias="as")
+
+    # frontier
+    prompts: str | None = None
+    judges: dict[str, Judge] = Field(default_factory=dict)
+    ratios: list[float] = Field(default_factory=lambda: [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])
+    baselines: dict[str, dict[str, float]] = Field(default_factory=lambda: {"base": {}})
+    samples: int = 1
+    generation: Generation = Generation()
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    axes: Axes = Axes()
+    audit: Axes | None = None
+    constraints: list[Constraint] = Field(default_factory=list)
+    confidence: float = 0.95
+    resamples: int = 2000
+    max_invalid: float = 0.02
+    engine: str = "auto"
+    frontier: str = "frontier"
+
+
+class Project:
+    """A recipe and the directory that its relative paths start from.
+
+    Attributes:
+        recipe: The validated recipe, or None where there is none and flags say everything.
+        root: The directory that relative paths start from.
+        name: What error lines call it.
+    """
+
+    def __init__(self, recipe: Recipe | None, root: Path, name: str) -> None:
+        self.recipe, self.root, self.name = recipe, root, name
+
+    @classmethod
+    def find(cls, given: Path | None) -> Project:
+        """The recipe named on the command line (a file, or a directory that holds psacpo.yaml), else the one here."""
+        path = given
+        if path is None:
+            path = Path(RECIPE)
+            if not path.is_file():
+                return cls(None, Path(), "the command line")
+        elif path.is_dir():
+            path = path / RECIPE
+        return cls(validate(Recipe, read_yaml(path), where=str(path)), path.parent, str(path))
+
+    def align(self, **flags: Any) -> AlignConfig:
+        """The settings of `align`; flags that are not None win."""
+        values: dict[str, Any] = {}
+        if self.recipe is not None:
+            values = _dump(self.recipe, AlignConfig)
+            values |= {"base": self.resolve(self.recipe.base), "out": self.root / self.recipe.out}
+            values["stages"] = [stage | {"data": self.resolve(stage["data"])} for stage in values["stages"]]
+        values |= _said(flags)
+        self._require(values, base="--base", stages="--reward-data and --safety-data", out="--out")
+        return validate(AlignConfig, values, where=self.name)
+
+    def merge(self, **flags: Any) -> MergeConfig:
+        """The settings of `merge`; flags that are not None win."""
+        values: dict[str, Any] = {}
+        if self.recipe is not None:
+            values = {"base": self.resolve(self.recipe.base), "as": self.recipe.as_}
+            values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
+        values |= _said(flags)
+        self._require(values, reward="--reward", safety="--safety", ratios="--ratio")
+        if "out" not in values:
+            policies = self.root / "policies"
+            many = len(values["ratios"]) > 1
+            values["out"] = policies if many else policies / policy_name(values["ratios"][0])
+        return validate(MergeConfig, values, where=self.name)
+
+    def frontier(self, **flags: Any) -> FrontierConfig:
+        """The settings of `frontier`; flags that are not None win, adapters and judges one by one."""
+        values: dict[str, Any] = {"adapters": {}, "judges": {}, "out": self.root / "frontier"}
+        if self.recipe is not None:
+            values |= _dump(self.recipe, FrontierConfig)
+            values |= {
+                "base": self.resolve(self.recipe.base),
+                "out": self.root / self.recipe.frontier,
+                "adapters": self._adapters(),
+                "judges": {name: self._judge(judge) for name, judge in values["judges"].items()},
+            }
+            values.pop("prompts", None)
+            if self.recipe.prompts is not None:
+                values["prompts"] = self.root / self.recipe.prompts
+        flags = _said(flags)
+        for name in ("adapters", "judges"):
+            values[name] |= flags.pop(name, {})
+        values |= flags
+        self._require(values, base="--base", prompts="--prompts", judges="--reward-model and --cost-model")
+        return validate(FrontierConfig, values, where=self.name)
+
+    def resolve(self, name: str) -> str:
+        """A path relative to the recipe if there is such a file or directory, else `name` itself (a hub id)."""
+        local = self.root / name
+        return str(local) if local.exists() or name.startswith(("./", "../")) else name
+
+    def leave(self, config: AlignConfig) -> None:
+        """Leave the recipe that `config` came from in its output directory, so that the commands work there as typed.
+
+        Paths are written relative to that directory where they lie in it, and absolute elsewhere.
+        """
+        home = config.out / RECIPE
+        if self.recipe is not None and home.exists() and home.samefile(self.name):
+            return
+        said: dict[str, Any] = (
+            self.recipe.model_dump(by_alias=True, exclude_unset=True, mode="json") if self.recipe else {}
+        )
+        own = config.model_dump(by_alias=True, exclude_unset=True, mode="json")
+        said |= {key: value for key, value in own.items() if key not in ("out", "overwrite")}
+        said["base"] = _seen_from(config.out, config.base)
+        for stage in said["stages"]:
+            stage["data"] = _seen_from(config.out, stage["data"])
+        said["adapters"] = {stage.name: stage.name for stage in config.stages}
+        said.pop("out", None)
+        if self.recipe is not None:
+            if self.recipe.prompts is not None:
+                said["prompts"] = _seen_from(config.out, str(self.root / self.recipe.prompts))
+            for name, judge in said.get("judges", {}).items():
+                if "model" in judge:
+                    judge["model"] = _seen_from(config.out, self._judge(said["judges"][name])["model"])
+        write_atomically(home, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+
+    def _adapters(self) -> dict[str, Path]:
+        assert self.recipe is not None
+        return {name: self.root / path for name, path in self.recipe.adapters.items()}
+
+    def _judge(self, judge: dict[str, Any]) -> dict[str, Any]:
+        return judge | {"model": self.resolve(judge["model"])} if "model" in judge else judge
+
+    def _require(self, values: Mapping[str, Any], **flags: str) -> None:
+        for name, flag in flags.items():
+            if not values.get(name):
+                where = "there is no psacpo.yaml here" if self.recipe is None else f"{self.name} does not say it"
+                raise InputError(f"'{name}' is missing: {where}", allowed=f"{flag}, or a recipe with it")
+
+
+def _dump(recipe: Recipe, settings: type[Strict]) -> dict[str, Any]:
+    """The fields of the recipe that `settings` has too."""
+    values = recipe.model_dump(by_alias=True)
+    return {key: values[key] for key in (f.alias or n for n, f in settings.model_fields.items()) if key in values}
+
+
+def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _seen_from(directory: Path, name: str) -> str:
+    """A local path as a recipe in `directory` writes it; a hub id as it stands."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    target, home = path.resolve(), directory.resolve()
+    return str(target.relative_to(home)) if target.is_relative_to(home) else str(target)
+
+
+def stages_from_flags(
+    project: Project, reward_data: str | None, safety_data: str | None
+) -> list[dict[str, Any]] | None:
+    """The stages that --reward-data and --safety-data ask for: the recipe's with that data, or the two default ones."""
+    given = {"reward": reward_data, "safety": safety_data}
+    if not any(given.values()):
+        return None
+    known: list[dict[str, Any]] = []
+    if project.recipe is not None:
+        known = [stage.model_dump(by_alias=True) for stage in project.recipe.stages]
+        for stage in known:
+            stage["data"] = project.resolve(stage["data"])
+    if not known:
+        if not all(given.values()):
+            raise InputError(
+                "one of --reward-data and --safety-data is missing", allowed="both, or a recipe with stages"
+            )
+        known = [{"name": name, "data": None} for name in given]
+    for stage in known:
+        stage["data"] = given.get(stage["name"]) or stage["data"]
+    return known

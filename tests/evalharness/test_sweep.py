@@ -1,0 +1,193 @@
+"""The whole sweep on tiny real models: resume, stale records, the choice, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psacpo.errors import InputError
+from psacpo.evalharness import frontier
+from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.engines.transformers import TransformersEngine
+from psacpo.evalharness.sweep import plan_summary
+
+MakeConfig = Callable[..., FrontierConfig]
+STABLE = ("frontier.json", "completions.jsonl", "verdicts.jsonl", "points.csv", "report.html", "frontier.png")
+
+
+def load(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "frontier.json").read_text())
+    return found
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_holds_what_the_contract_says(make_config: MakeConfig) -> None:
+    config = make_config(constraints=["unsafe_rate<=1"], samples=2)
+    run = frontier(config)
+    found = load(run)
+    assert found["schema"] == 1
+    assert [point["ratio"] for point in found["points"]] == [0.0, 0.5, 1.0]
+    assert [entry["name"] for entry in found["baselines"]] == ["base"]
+    assert found["counts"]["generated"] == 4 * 5 * 2
+    assert found["counts"]["clusters"] == 4
+    for entry in (*found["points"], *found["baselines"]):
+        for metric in ("reward", "cost", "refusal", "unsafe_rate"):
+            cell = entry[metric]
+            assert cell["low"] <= cell["mean"] <= cell["high"]
+            assert cell["n"] == 10
+    assert found["hypervolume"]["low"] <= found["hypervolume"]["high"]
+    assert all((run / name).is_file() for name in (*STABLE, "psacpo.json", "prompts.jsonl", "plan.json"))
+    # The numbers are those of the stored verdicts.
+    completions = {row["key"]: row for row in lines(run / "completions.jsonl")}
+    scores = [
+        row["score"]
+        for row in lines(run / "verdicts.jsonl")
+        if row["judge"] == "reward" and completions[row["completion"]]["policy"] == "policy@0.50"
+    ]
+    assert found["points"][1]["reward"]["mean"] == pytest.approx(sum(scores) / len(scores))
+    assert found["choice"]["ratio"] in (0.0, 0.5, 1.0)
+
+
+def test_two_runs_are_byte_identical(make_config: MakeConfig, tmp_path: Path) -> None:
+    one = frontier(make_config(out=tmp_path / "one"))
+    two = frontier(make_config(out=tmp_path / "two"))
+    for name in STABLE:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_finished_work_is_not_done_again(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = frontier(make_config())
+    before = {name: (run / name).read_bytes() for name in STABLE}
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded for finished work")
+
+    monkeypatch.setattr(TransformersEngine, "load", fail)
+    frontier(make_config())
+    assert before == {name: (run / name).read_bytes() for name in STABLE}
+
+
+def test_changed_settings_never_meet_stale_records(make_config: MakeConfig, tmp_path: Path) -> None:
+    run = frontier(make_config())
+    frontier(make_config(seed=1))
+    fresh = frontier(make_config(seed=1, out=tmp_path / "fresh"))
+    assert load(run) == load(fresh)
+    assert len(lines(run / "completions.jsonl")) == 2 * len(lines(fresh / "completions.jsonl"))
+    # A ratio more costs its own answers only.
+    frontier(make_config(seed=1, ratios=[0.0, 0.25, 0.5, 1.0]))
+    assert len(lines(run / "completions.jsonl")) == 2 * 20 + 5
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_result(make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = frontier(make_config(out=tmp_path / "whole", samples=6))
+    config = make_config(out=tmp_path / "killed", samples=6)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pickle\nfrom psacpo.evalharness import frontier\nfrom psacpo.evalharness.config import FrontierConfig\n"
+        "frontier(FrontierConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+    )
+    (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
+    records = config.out / "completions.jsonl"
+    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "config.json")])
+    deadline = time.monotonic() + 120
+    while not (records.is_file() and records.stat().st_size > 3000):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(records.read_bytes().split(b"\n")) - 1
+    assert 0 < done < 120
+    frontier(config)
+    for name in STABLE:
+        assert (whole / name).read_bytes() == (config.out / name).read_bytes(), name
+
+
+def test_a_constraint_that_nothing_meets_leaves_no_choice(make_config: MakeConfig) -> None:
+    found = load(frontier(make_config(constraints=["unsafe_rate<=0.01"])))
+    assert found["choice"]["ratio"] is None
+    assert "no ratio meets" in found["choice"]["why"]
+    assert [point["certified"] for point in found["points"]] == [False] * 3
+
+
+def test_metrics_count_only_the_prompts_they_name(make_config: MakeConfig) -> None:
+    metrics = {"harmful_cost": {"judge": "cost", "where": {"category": "harmful"}}}
+    found = load(frontier(make_config(metrics=metrics)))
+    assert {point["harmful_cost"]["n"] for point in found["points"]} == {2}
+    with pytest.raises(InputError, match=r"metric 'harmful_cost': no prompt .* has \{'category': 'evil'\}"):
+        frontier(make_config(metrics={"harmful_cost": {"judge": "cost", "where": {"category": "evil"}}}))
+
+
+def test_too_many_invalid_verdicts_end_the_command_and_keep_everything(
+    make_config: MakeConfig, tiny_judge: Path
+) -> None:
+    judges = {
+        "reward": {"kind": "scalar", "model": str(tiny_judge)},
+        "cost": {"kind": "scalar", "model": str(tiny_judge), "max_length": 30, "better": "lower"},
+    }
+    config = make_config(judges=judges)
+    with pytest.raises(InputError, match=r"judge 'cost' gave \d+ invalid verdicts on 20 answers"):
+        frontier(config)
+    found = load(config.out)
+    assert found["counts"]["invalid"] > 0
+    assert any("invalid" in warning for warning in found["warnings"])
+    n = {entry["cost"]["n"] for entry in (*found["points"], *found["baselines"])}
+    assert max(n) < 5
+    assert (
+        sum(entry["cost"]["n"] for entry in (*found["points"], *found["baselines"])) == 20 - found["counts"]["invalid"]
+    )
+
+
+def test_the_plan_is_printed_without_doing_it(make_config: MakeConfig) -> None:
+    plan = plan_summary(make_config())
+    assert plan["answers"] == 20
+    assert plan["answers found"] == 0
+    assert not Path(plan["out"]).exists()
+    frontier(make_config())
+    assert plan_summary(make_config())["answers found"] == 20
+
+
+def test_bad_inputs_are_refused_before_anything_is_written(
+    make_config: MakeConfig, tmp_path: Path, make_adapter: Any, tiny_qwen2: Path, tiny_llama_raw: Path
+) -> None:
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=match):
+            frontier(make_config(**changes))
+        assert not (tmp_path / "run").exists()
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused("holds no row", prompts=empty)
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"promt": "x"}\n')
+    refused("row 1: unknown column 'prompt', did you mean 'promt'", prompts=wrong)
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
+    refused("row 2: the id '1' is there twice", prompts=twice)
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text('{"prompt": " "}\n')
+    refused("row 1: prompt is empty", prompts=blank)
+    refused("no file or directory at", prompts=tmp_path / "nowhere.jsonl")
+    refused("adapter for another base", base=str(tiny_qwen2))
+    refused("not a model directory", base=str(tmp_path))
+    other = make_adapter(tiny_llama_raw, seed=9)
+    refused("adapter for another base", adapters={"reward": other, "safety": other})
+    refused("over the base's 256 positions", generation={"max_new_tokens": 250})
+    refused("unknown; allowed: ", constraints=["unsafe<=0.1"])
+    refused("cannot be read", constraints=["unsafe_rate<0.1"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    refused("is in use", out=tmp_path / "full")
