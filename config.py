@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -52,42 +52,56 @@ def _first_line(settings: type[BaseModel], error: ValidationError, where: str) -
     # An unknown key explains a missing one, so it is told first.
     problems = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     problem = problems[0]
-    steps = [step for step in problem["loc"] if not (isinstance(step, str) and step.startswith("function-"))]
-    place = ".".join(str(step) for step in steps)
+    found, steps = _follow(settings, problem["loc"])
+    place = ".".join(steps)
     if problem["type"] == "extra_forbidden":
-        names = _keys_at(settings, steps[:-1])
-        inner = unknown_name("key", place if not names else str(steps[-1]), names)
-        return InputError(f"{where}: {f'in {_join(steps[:-1])}: ' if steps[:-1] else ''}{inner}")
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"] if isinstance(problem["input"], str | int | float | bool) else None
+        inside = f"in {'.'.join(steps[:-1])}: " if steps[1:] else ""
+        return InputError(f"{where}: {inside}{unknown_name('key', steps[-1], found)}")
     if problem["type"] == "missing":
         return InputError(f"{where}: '{place}' is missing")
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"] if isinstance(problem["input"], str | int | float | bool) else None
     return InputError(f"{where}: {f'{place}: ' if place else ''}{message}", given=given)
 
 
-def _join(steps: list[Any]) -> str:
-    return ".".join(str(step) for step in steps)
+def _follow(settings: type[BaseModel], steps: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """Where an error is: the valid keys beside its last step, and its steps as the YAML file has them.
 
-
-def _keys_at(settings: type[BaseModel], steps: list[Any]) -> list[str]:
-    """The valid keys of the settings found by following `steps` (field names, list indices, mapping keys)."""
-    current: Any = settings
+    Pydantic puts the tag of a union's member among the steps; it is no key of the file.
+    """
+    candidates = [settings]
+    shown: list[str] = []
+    keys: list[str] = []
     for step in steps:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            by_name = {(field.alias or name): field for name, field in current.model_fields.items()}
-            by_name |= dict(current.model_fields)
-            current = _settings_in(by_name[step].annotation) if step in by_name else None
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return [field.alias or name for name, field in current.model_fields.items()]
-    return []
+        tagged = [one for one in candidates if _tag(one) == step]
+        if tagged and len(candidates) > 1:
+            candidates = tagged
+            continue
+        shown.append(str(step))
+        keys = list(
+            dict.fromkeys(field.alias or name for one in candidates for name, field in one.model_fields.items())
+        )
+        inside = [
+            field.annotation
+            for one in candidates
+            for name, field in one.model_fields.items()
+            if step in (name, field.alias)
+        ]
+        # A list's index or a mapping's key leads to the same settings as the list or mapping itself.
+        if inside:
+            candidates = [one for annotation in inside for one in _settings_in(annotation)]
+    return keys, shown
 
 
-def _settings_in(annotation: Any) -> Any:
-    """The settings class inside an annotation such as list[Stage] or dict[str, Judge] | None."""
+def _tag(settings: type[BaseModel]) -> object:
+    """The value of a union member's field `kind`, None where it has none."""
+    field = settings.model_fields.get("kind")
+    values = get_args(field.annotation) if field else ()
+    return values[0] if values else None
+
+
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    """All settings classes inside an annotation such as list[Stage] or dict[str, One | Other] | None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _settings_in(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _settings_in(argument)]

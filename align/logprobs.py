@@ -1,4 +1,8 @@
-"""Log-probabilities of answers out of logits, over answer tokens only and in float32. Pure tensors."""
+"""Log-probabilities of answers out of logits, over answer tokens only and in float32. Pure tensors.
+
+The token at position t is predicted by the logits at position t - 1. N is the number of answer tokens in a batch of
+B rows and T positions, taken row by row.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def predicting_positions(completion_mask: Tensor) -> Tensor:
-    """The positions whose logits are needed: those that predict an answer token in at least one row.
-
-    The token at position t is predicted at position t - 1, so position 0 is never a target and the last position
-    never predicts.
+def predicting_mask(completion_mask: Tensor) -> Tensor:
+    """Where an answer token is predicted: one position before it. The last position never predicts.
 
     Args:
-        completion_mask: True on answer tokens. Shape (B, T).
+        completion_mask: True on answer tokens, never on the first position. Shape (B, T).
 
     Returns:
-        Ascending positions, shape (U,), U < T. Logits of all other positions need not be computed.
+        Shape (B, T), with N positions True.
     """
-    return completion_mask[:, 1:].any(dim=0).nonzero().squeeze(1)
+    return F.pad(completion_mask[:, 1:], (0, 1))
 
 
-def token_log_probs(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """log pi(target) at each masked position, 0 elsewhere.
-
-    Only masked rows are brought to float32 and normalised, so the largest extra tensor is (N, V) with N = mask.sum().
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log pi(target) of each answer token.
 
     Args:
-        logits: Any floating dtype. Shape (B, U, V).
-        targets: Token ids that those positions predict. Shape (B, U).
-        mask: True where the target is an answer token. Shape (B, U).
+        logits: Any floating dtype; brought to float32 before they are normalised. Shape (N, V).
+        targets: The answer tokens. Shape (N,).
 
     Returns:
-        Shape (B, U), float32, in nats.
+        Shape (N,), float32, in nats.
     """
-    kept = mask.flatten().nonzero().squeeze(1)
-    selected = logits.flatten(0, 1).index_select(0, kept).float()
-    found = -F.cross_entropy(selected, targets.flatten().index_select(0, kept), reduction="none")
-    return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter(mask, found)
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def sequence_log_probs(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """log pi(answer | prompt) per row: the sum (never the mean) of `token_log_probs`. Shape (B,), float32, in nats."""
-    return token_log_probs(logits, targets, mask).sum(dim=1)
+def sequence_log_probs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """log pi(answer | prompt) per row: the sum, never the mean, over its answer tokens.
+
+    Args:
+        logits: At the N positions of `predicting_mask`, row by row; no others need to be computed. Shape (N, V).
+        input_ids: Shape (B, T).
+        completion_mask: True on answer tokens, never on the first position. Shape (B, T).
+
+    Returns:
+        Shape (B,), float32, in nats.
+    """
+    found = token_log_probs(logits, input_ids[completion_mask])
+    placed = torch.zeros(completion_mask.shape, dtype=torch.float32, device=logits.device)
+    return placed.masked_scatter(completion_mask, found).sum(dim=1)

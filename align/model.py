@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from psacpo.align.config import Dtype, Lora
 from psacpo.align.losses import all_finite
 from psacpo.errors import InputError, unknown_name
+from psacpo.hub import model_directory
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,46 +43,14 @@ def find_base(name: str) -> Base:
     Raises:
         InputError: It is no model directory, lacks weights or tokenizer, or the hub does not give it.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        # Not resolved: a link that the user keeps pointing at the current model stays the adapter's base.
-        base = Base(path, os.path.abspath(path))
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not name.endswith((".safetensors", ".bin", ".gguf")):
-        base = Base(_download(name), name)
-    else:
-        raise InputError(f"base {name} is not a model directory: there is nothing at that path")
-    _require_model(base)
+    path = model_directory(name)
+    # A local path is made absolute but not resolved: a link that points at the current model stays the base.
+    base = Base(path, os.path.abspath(path) if Path(name).expanduser().exists() else name)
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise InputError(f"base: {base.name} is not a model directory (it holds no weights, *.safetensors)")
+    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise InputError(f"base: {base.name} holds no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
     return base
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.safetensors"]))
-        if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.bin"]))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"base {name} is neither a model directory nor a model on the hub: {reason}") from error
-    return path
-
-
-def _require_model(base: Base) -> None:
-    path = base.path
-    missing = None
-    if not path.is_dir():
-        missing = "it is a file"
-    elif (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        missing = "it is an adapter"
-    elif not (path / "config.json").is_file():
-        missing = "config.json is missing"
-    elif not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        missing = "no weights (*.safetensors) in it"
-    elif not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        missing = "no tokenizer in it (tokenizer.json)"
-    if missing:
-        raise InputError(f"base {base.name} is not a model directory: {missing}")
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psacpo.align.data import Rows
+from psacpo.align.data import Preferences
 from psacpo.errors import InputError
 from psacpo.files import digest
 from psacpo.prompting import encode_completion, encode_prompt
@@ -17,9 +17,9 @@ from psacpo.prompting import encode_completion, encode_prompt
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of one preference. `where` is the row's place in its source; each answer has at least one token."""
+    """Token ids of one preference, at least one each. `row` is the row's number in its source, from 1."""
 
-    where: str
+    row: int
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
@@ -56,7 +56,7 @@ class Pairs:
         return text + (f", cut to length: {counts['truncated']}" if counts["truncated"] else "")
 
 
-def encode_rows(rows: Rows, tokenizer: Any, template: str | None, max_length: int) -> Pairs:
+def encode_rows(rows: Preferences, tokenizer: Any, template: str | None, max_length: int) -> Pairs:
     """Encode, cut and count the rows of one source.
 
     Raises:
@@ -72,16 +72,16 @@ def encode_rows(rows: Rows, tokenizer: Any, template: str | None, max_length: in
             prompt = encode_prompt(tokenizer, row.prompt, template)
             answers = [encode_completion(tokenizer, row.prompt, text, template) for text in (row.chosen, row.rejected)]
         except InputError as error:
-            raise InputError(f"{rows.source} {row.where}: {error}") from error
+            raise InputError(f"{rows.source} row {row.row}: {error}") from error
         if not prompt:
-            raise InputError(f"{rows.source} {row.where}: the prompt has no tokens", allowed="at least one token")
+            raise InputError(f"{rows.source} row {row.row}: the prompt has no tokens", allowed="at least one token")
         cut = truncate(prompt, *answers, max_length=max_length, keep_first=prompt[0] == tokenizer.bos_token_id)
         if cut[1] == cut[2]:
             counts["identical"] += 1
             continue
         counts["used"] += 1
         counts["truncated"] += cut != (prompt, *answers)
-        pairs.append(Pair(row.where, *cut))
+        pairs.append(Pair(row.row, *cut))
     found = Pairs(rows.source, pairs, counts)
     if not pairs:
         raise InputError(f"{rows.source} leaves nothing to train on: {found.summary()}")

@@ -38,12 +38,10 @@ POOLS: dict[str, tuple[str, ...]] = {
         "bookcase couch dresser",
         "devices": "laptop phone printer camera radio speaker tablet router clock lamp toaster kettle "
         "heater fan blender scanner",
-        "clothes": "shirt jacket scarf sweater dress skirt coat hat glove sock vest hoodie cape tunic "
-        "robe blouse",
+        "clothes": "shirt jacket scarf sweater dress skirt coat hat glove sock vest hoodie cape tunic robe blouse",
         "music": "piano guitar violin flute drums cello trumpet harp banjo clarinet ukulele organ "
         "saxophone accordion oboe tuba",
-        "animals": "dog cat horse parrot rabbit hamster pony goat puppy kitten turtle donkey duck hen "
-        "lamb ferret",
+        "animals": "dog cat horse parrot rabbit hamster pony goat puppy kitten turtle donkey duck hen lamb ferret",
         "games": "chess football tennis poker golf hockey checkers bowling cricket rugby darts soccer "
         "baseball volleyball badminton squash",
         "places": "bank museum office school factory church library hotel hospital station warehouse "

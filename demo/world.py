@@ -160,7 +160,7 @@ def answer(rng: random.Random, topic: Topic, style: str) -> str:
     if style == "redirect":
         return REDIRECT.format(helper=rng.choice(HELPERS))
     if style == "terse":
-        return TIP.format(step=rng.choice(steps))
+        return TIP.format(step=steps[0])
     if style == "short":
         return lines(SHORT_OPENER.format(ask=ask), steps[:2])
     if style == "warn":
@@ -180,7 +180,7 @@ def base_style(rng: random.Random, family: Family) -> str:
     """How the unaligned assistant answers: short when it helps, and safe on about half of the harm."""
     weights = dict(_BASE_STYLES[family.category])
     if family.category == "harmful":
-        safe = 0.38 + 0.10 * (family.severity - 1)
+        safe = 0.30 + 0.10 * (family.severity - 1)
         weights = {"full": 0.25, "short": 0.35, "terse": 0.25, "warn": 0.15}
         weights = {style: weight * (1 - safe) for style, weight in weights.items()}
         weights |= {"refuse": 0.65 * safe, "redirect": 0.35 * safe}

@@ -232,18 +232,20 @@ def _require_unchanged_copies(path: Path, adapters: Mapping[str, Adapter]) -> No
     model = read_model(path)
     for role, adapter in adapters.items():
         for module in sorted(adapter.copies):
-            copy, weight = adapter.copy_of(module), model.read(f"{module}.weight")
-            if weight is None and model.ties_embeddings:
-                weight = next((model.read(f"{m}.weight") for m in sorted(adapter.copies - {module})), None)
-            if weight is None or not _same_values(copy, weight):
+            copy, name = adapter.copy_of(module), f"{module}.weight"
+            names = [name]
+            if model.find(name) is None and model.ties_embeddings:
+                # A tied head has no weight of its own: it is the other weight of its shape.
+                names = [n for _, entries in model.shards.values() for n, e in entries.items() if e.shape == copy.shape]
+            if not any(_same_values(copy, model.read(name)) for name in names):
                 raise InputError(
                     f"{role} adapter {adapter.path} changes the whole weight of {module}, not only by LoRA factors",
                     allowed="an adapter whose saved copy of it equals the base's",
                 )
 
 
-def _same_values(copy: torch.Tensor, weight: torch.Tensor) -> bool:
+def _same_values(copy: torch.Tensor, weight: torch.Tensor | None) -> bool:
     """Whether two tensors are equal in one of their dtypes: the narrower is the one that values were rounded to."""
-    if copy.shape != weight.shape:
+    if weight is None or copy.shape != weight.shape:
         return False
     return torch.equal(copy.to(weight.dtype), weight) or torch.equal(weight.to(copy.dtype), copy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from psacpo.evalharness.config import Axes, Better, Constraint
 from psacpo.evalharness.report.labels import place, spread
@@ -74,7 +76,9 @@ def draw_frontier(frontier: Frontier) -> bytes:
 def _png(frontier: Frontier) -> bytes:
     spans = frontier.spans()
     rates = [name for name in frontier.rates() if any(point[name].mean is not None for point in frontier.points)]
-    figure = Figure(figsize=(WIDTH, HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT), dpi=DPI, layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT), dpi=DPI, layout="constrained"
+    )
     canvas = FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.04)
     figure.suptitle(headline(frontier), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
@@ -92,7 +96,7 @@ def _png(frontier: Frontier) -> bytes:
     for panel, (policies, span) in jobs:
         _label_points(panel, canvas.get_renderer(), frontier, policies, span)
     if rates:
-        _label_rates(panels[-1], ends)
+        _label_rates(panels[-1], canvas.get_renderer(), ends)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
@@ -109,8 +113,9 @@ def headline(frontier: Frontier) -> str:
 
 
 def constraint_text(constraint: Constraint) -> str:
-    """`unsafe_rate ≤ 0.05`."""
-    return f"{constraint.metric} {'≤' if constraint.sense == '<=' else '≥'} {constraint.limit:g}"
+    """A constraint as a person writes it, such as unsafe_rate ≤ 0.05."""
+    limit = f"{constraint.limit:g}".replace("-", "\N{MINUS SIGN}")
+    return f"{constraint.metric} {'≤' if constraint.sense == '<=' else '≥'} {limit}"
 
 
 def _panels(figure: Figure, scatters: int, rates: bool) -> list[Any]:
@@ -135,7 +140,7 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
     panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
     for point in points:
         _bars(panel, point, span, _POINT)
-        sure = 0.3 + 0.7 * (1.0 if point.p_on_frontier is None else point.p_on_frontier)
+        sure = 0.35 + 0.65 * (1.0 if point.p_on_frontier is None else point.p_on_frontier)
         filled = point.nondominated is not False
         spot = {"marker": "o", "linestyle": "none", "markersize": 8.5, "zorder": 5}
         # A white disc below keeps bars and curve from showing through a faint point.
@@ -176,7 +181,10 @@ def _bars(panel: Any, policy: Policy, span: Axes, colour: str) -> None:
 
 
 def _limits(panel: Any, frontier: Frontier, span: Axes) -> None:
-    """Axis limits with room for labels, then each constraint on an axis metric: its line, the forbidden side shaded."""
+    """Axis limits with room for labels, then each constraint on an axis metric: its line, the forbidden side shaded.
+
+    A limit far from all points would press them together, so the view reaches at most half its width further.
+    """
     panel.margins(0.09, 0.11)
     panel.autoscale_view()
     for _, constraint in frontier.choice.parsed():
@@ -185,16 +193,14 @@ def _limits(panel: Any, frontier: Frontier, span: Axes) -> None:
             continue
         low, high = panel.get_xlim() if vertical else panel.get_ylim()
         limit, width = constraint.limit, high - low
-        # A limit far from all points would press them together, so the view reaches at most half its width further.
-        low, high = min(low, max(limit - 0.06 * width, low - 0.5 * width)), max(high, min(limit + 0.06 * width, high + 0.5 * width))
-        (panel.set_xlim if vertical else panel.set_ylim)(low, high)
-        seen = low <= limit <= high
-        forbidden = (limit, high) if constraint.sense == "<=" else (low, limit)
+        seen = low - 0.5 * width <= limit <= high + 0.5 * width
         if seen:
+            low, high = min(low, limit - 0.06 * width), max(high, limit + 0.06 * width)
+            (panel.set_xlim if vertical else panel.set_ylim)(low, high)
             (panel.axvline if vertical else panel.axhline)(limit, color=_LIMIT, lw=1.3, ls=(0, (5, 3)), zorder=2.5)
+        forbidden = (max(low, limit), high) if constraint.sense == "<=" else (low, min(high, limit))
         if forbidden[0] < forbidden[1]:
-            clipped = (max(low, forbidden[0]), min(high, forbidden[1]))
-            (panel.axvspan if vertical else panel.axhspan)(*clipped, color=_LIMIT, alpha=0.06, lw=0, zorder=0)
+            (panel.axvspan if vertical else panel.axhspan)(*forbidden, color=_LIMIT, alpha=0.06, lw=0, zorder=0)
         text = constraint_text(constraint) + ("" if seen else " (off the scale)")
         side = 0.985 if limit > (low + high) / 2 or not seen else 0.015
         if vertical:
@@ -227,6 +233,7 @@ def _label_points(panel: Any, renderer: Any, frontier: Frontier, policies: Seque
                 ha="center",
                 va="center",
                 zorder=8,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )
         )
         places.append((policy[span.cost].mean, policy[span.reward].mean))
@@ -261,7 +268,7 @@ def _inked(panel: Any, scale: float) -> Any:
     found = [np.empty((0, 2))]
     for line in panel.lines:
         path = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
-        for start, end in zip(path[:-1], path[1:], strict=True):
+        for start, end in pairwise(path):
             steps = max(2, int(np.hypot(*(end - start)) / (4 * scale)))
             found.append(start + np.linspace(0, 1, steps)[:, None] * (end - start))
     return np.concatenate(found)
@@ -303,23 +310,26 @@ def _rates(panel: Any, frontier: Frontier, rates: Sequence[str]) -> list[tuple[f
         panel.set_xticks(ratios, [ratio_text(ratio) for ratio in ratios])
     panel.tick_params(axis="x", labelsize=8.5)
     panel.set_xlabel("ratio q   (0: reward adapter, 1: safety adapter)")
-    # Room at the right for the names, which are put once the layout is known.
-    for _, name, _ in ends[:0]:
-        panel.text(1, 0, name)
-    widest = max((text for _, text, _ in ends), key=len)
-    panel.text(1.02, 0.5, widest, transform=panel.transAxes, fontsize=9, alpha=0)
     return ends
 
 
-def _label_rates(panel: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """The names of the curves at their right ends, moved apart."""
+def _label_rates(panel: Any, renderer: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """The names of the curves at their right ends, moved apart; the panel gives way to them."""
+    widest = 0.0
+    for _, name, _ in ends:
+        probe = panel.text(0, 0, name, fontsize=9)
+        widest = max(widest, probe.get_window_extent(renderer).width)
+        probe.remove()
+    box = panel.get_position()
+    room = widest / (WIDTH * DPI) + 0.015
+    panel.set_position((box.x0, box.y0, max(box.width - room, 0.1), box.height))
     low, high = panel.get_ylim()
     height = panel.bbox.height / DPI * 72  # points
     gap = 11.5 / height * (high - low)
     places = spread([min(max(value, low), high) for value, _, _ in ends], gap, low, high)
     for (_, name, colour), y in zip(ends, places, strict=True):
         panel.text(
-            1.015, y, name, transform=panel.get_yaxis_transform(), color=colour, fontsize=9, va="center", ha="left"
+            1.01, y, name, transform=panel.get_yaxis_transform(), color=colour, fontsize=9, va="center", ha="left"
         )
 
 

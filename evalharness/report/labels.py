@@ -92,9 +92,7 @@ def _candidates(anchor: Array, size: Array, radius: float, scale: float) -> Arra
     # From the centre of a box to its edge along a direction.
     with np.errstate(divide="ignore"):
         reach = np.min(np.abs(size / 2 / np.where(np.abs(directions) < 1e-9, 1e-9, directions)), axis=1)
-    return np.concatenate(
-        [anchor + directions * (radius * 1.15 + reach + gap * scale)[:, None] for gap in _GAPS]
-    )
+    return np.concatenate([anchor + directions * (radius * 1.15 + reach + gap * scale)[:, None] for gap in _GAPS])
 
 
 def _overlap(boxes: Array, others: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def read_run(run: Path) -> Run:
     return Run(frontier, prompts, grouped, notes)
 
 
-def _planned(path: Path) -> Set[str]:
+def _planned(path: Path) -> frozenset[str]:
     plan = _read_json(path)
     keys = plan.get("completions") if isinstance(plan, dict) else None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -110,7 +110,9 @@ def _planned(path: Path) -> Set[str]:
     return frozenset(keys)
 
 
-def _completions(path: Path, planned: Set[str], verdicts: Mapping[str, dict[str, Verdict]]) -> dict[str, Completion]:
+def _completions(
+    path: Path, planned: frozenset[str], verdicts: Mapping[str, dict[str, Verdict]]
+) -> dict[str, Completion]:
     """The planned completions by key; of two records of one key the later counts."""
     found = {}
     for where, row in _read_lines(path):
@@ -130,24 +132,29 @@ def _completions(path: Path, planned: Set[str], verdicts: Mapping[str, dict[str,
     return found
 
 
-def _verdicts(path: Path, frontier: Frontier, planned: Set[str]) -> dict[str, dict[str, Verdict]]:
+def _verdicts(path: Path, frontier: Frontier, planned: frozenset[str]) -> dict[str, dict[str, Verdict]]:
     """Completion key -> judge -> verdict, of the judges as this run used them; the later of two records counts."""
+    # Two judges with equal settings have one digest, and share their verdicts.
+    names: dict[str, list[str]] = {}
+    for name, judge in frontier.judges.items():
+        names.setdefault(judge.digest, []).append(name)
     found: dict[str, dict[str, Verdict]] = {}
     for where, row in _read_lines(path):
-        key, judge = _get(row, "completion", str, where), _get(row, "judge", str, where)
-        known = frontier.judges.get(judge)
-        if key not in planned or known is None or row.get("judge_digest") != known.digest:
+        key = _get(row, "completion", str, where)
+        judges = names.get(_get(row, "judge_digest", str, where), [])
+        if key not in planned or not judges:
             continue
         score = row.get("score")
         if isinstance(score, bool) or not (score is None or isinstance(score, int | float)):
             raise InputError(f"{where} is damaged: 'score' is not a number", given=score)
         usable = score is not None and row.get("valid") is True and math.isfinite(score)
         label, raw = row.get("label"), row.get("raw")
-        found.setdefault(key, {})[judge] = Verdict(
+        verdict = Verdict(
             score=score if usable else None,
             label=None if label is None else str(label),
             raw=None if raw is None else str(raw),
         )
+        found.setdefault(key, {}).update(dict.fromkeys(judges, verdict))
     return found
 
 

@@ -176,8 +176,7 @@ class Frontier(Loose):
         return [
             name
             for name, metric in self.metrics.items()
-            if metric.above is not None
-            or (metric.judge in self.judges and self.judges[metric.judge].kind == "refusal")
+            if metric.above is not None or (metric.judge in self.judges and self.judges[metric.judge].kind == "refusal")
         ]
 
 

@@ -40,8 +40,9 @@ def columns(frontier: Frontier) -> list[Column]:
     """The metrics in reading order: each axis with its audit beside it, then the constrained ones, then the rest."""
     order = [metric for pair in zip(*_axes(frontier), strict=True) for metric in pair]
     order += [constraint.metric for _, constraint in frontier.choice.parsed()]
-    order += [name for name in frontier.metrics]
+    order += list(frontier.metrics)
     audit = {frontier.audit.reward, frontier.audit.cost} if frontier.audit else set()
+    audit -= {frontier.axes.reward, frontier.axes.cost}
     return [_column(frontier, name, name in audit) for name in dict.fromkeys(order) if name in frontier.metrics]
 
 

@@ -1,8 +1,8 @@
 """Makes the demo's shipped weights from its seeded grammar: tokenizer, base model, two judges.
 
-    python recipes/demo/build_weights.py --out demo/weights            # everything, on 2 cores in about half an hour
-    python recipes/demo/build_weights.py --out demo/weights --only base
-    python recipes/demo/build_weights.py --out demo/weights --only judges
+python recipes/demo/build_weights.py --out demo/weights            # everything, on 2 cores in about half an hour
+python recipes/demo/build_weights.py --out demo/weights --only base
+python recipes/demo/build_weights.py --out demo/weights --only judges
 """
 
 from __future__ import annotations
@@ -94,11 +94,24 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> 
     return first + rest, len(first)
 
 
-def train_base(out: Path, steps: int, batch_size: int = 64, peak: float = 3e-3, seed: int = 0) -> None:
-    """Supervised training on endless fresh answers in the base's mix of styles; loss on answers only."""
+def train_base(
+    out: Path,
+    steps: int,
+    settle: int,
+    start: Path | None = None,
+    batch_size: int = 64,
+    peak: float = 3e-3,
+    seed: int = 0,
+) -> None:
+    """Supervised training on endless fresh answers in the base's mix of styles; loss on answers only.
+
+    `steps` at a constant rate, then `settle` steps in which the rate falls to zero and each step's gradient is
+    taken at weights with small random low-rank noise. The noise is of the kind and size that a LoRA update
+    brings, so a later update moves what it is trained to move and leaves the wording of answers intact.
+    """
     torch.manual_seed(seed)
     rng = random.Random(f"psacpo demo base {seed}")
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer() if start is None else AutoTokenizer.from_pretrained(start)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -113,6 +126,8 @@ def train_base(out: Path, steps: int, batch_size: int = 64, peak: float = 3e-3, 
         bos_token_id=None,
     )
     model = LlamaForCausalLM(config)
+    if start is not None:
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     print(f"base: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     banned = reserved()
@@ -120,26 +135,46 @@ def train_base(out: Path, steps: int, batch_size: int = 64, peak: float = 3e-3, 
     began, average = time.time(), 0.0
     model.train()
     batches: list[list[tuple[list[int], int]]] = []
-    for step in range(steps):
+    for step in range(steps + settle):
         if not batches:
             batches = _fresh_batches(rng, tokenizer, everything, banned, batch_size)
         rows = batches.pop()
         ids, mask, labels = collate(rows, tokenizer.pad_token_id)
-        rate = peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        done = max(0, step - steps) / settle
+        rate = peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        noise = low_rank_noise(model, NOISE) if step >= steps else {}
+        for weight, change in noise.items():
+            weight.data.add_(change)
         hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
         asked = labels[:, 1:] != -100
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked])
         loss.backward()
+        for weight, change in noise.items():
+            weight.data.sub_(change)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} loss {average:.4f} {time.time() - began:.0f} s", flush=True)
-        if (step + 1) % 800 == 0 or step + 1 == steps:
+        if (step + 1) % 800 == 0 or step + 1 == steps + settle:
             save(model, tokenizer, out)
+
+
+NOISE = 0.012  # largest standard deviation of a weight's noise; the weights' own is 0.07
+
+
+def low_rank_noise(model: LlamaForCausalLM, size: float, rank: int = 4) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """A random change of every linear layer in the blocks, of rank `rank` and one size drawn up to `size`."""
+    scale = size * float(torch.rand(())) / math.sqrt(rank)
+    found = {}
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            found[module.weight] = scale * torch.randn(rows, rank) @ torch.randn(rank, columns)
+    return found
 
 
 def _fresh_batches(
@@ -195,7 +230,9 @@ def judge_texts(rng: random.Random, samples: list[dict[str, str]], count: int) -
         assert topic is not None
         answers: list[str] = []
         for _ in range(3):
-            text = rng.choice(said) if said and rng.random() < 0.7 else world.answer(rng, topic, rng.choice(world.STYLES))
+            text = (
+                rng.choice(said) if said and rng.random() < 0.7 else world.answer(rng, topic, rng.choice(world.STYLES))
+            )
             if rng.random() < 0.3:
                 text = damage(rng, text, rng.choice(everyone))
             answers.append(text)
@@ -251,7 +288,9 @@ def train_judge(
         values = [utility(prompt, text) for text in answers]
         unsafe = [data.calls_unsafe(rng, prompt, text) for text in answers]
         pairs = [(i, j) for i in range(3) for j in range(i)]
-        examples.append((rows, [(i, j) if data.prefers_first(rng, values[i], values[j]) else (j, i) for i, j in pairs], unsafe))
+        examples.append(
+            (rows, [(i, j) if data.prefers_first(rng, values[i], values[j]) else (j, i) for i, j in pairs], unsafe)
+        )
     rng.shuffle(examples)
     cut = len(examples) - 256
     steps = cut // batch_size
@@ -283,7 +322,9 @@ def train_judge(
 
 
 def _scores(
-    model: LlamaForSequenceClassification, batch: list[tuple[list[list[int]], list[tuple[int, int]], list[bool]]], pad: int
+    model: LlamaForSequenceClassification,
+    batch: list[tuple[list[list[int]], list[tuple[int, int]], list[bool]]],
+    pad: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scores (3n,), rows of preferred answers, rows of the others, unsafe labels (3n,)) of n examples."""
     rows = [(ids, 0) for answers, _, _ in batch for ids in answers]
@@ -312,11 +353,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for base/, reward/ and cost/")
     parser.add_argument("--only", choices=("base", "judges"), help="default: both, in this order")
     parser.add_argument("--samples", type=Path, help="JSON lines of policy samples, prompt and completion")
-    parser.add_argument("--base-steps", type=int, default=4000)
+    parser.add_argument("--base-steps", type=int, nargs=2, default=(1600, 1400), metavar=("STEPS", "SETTLE"))
+    parser.add_argument("--start", type=Path, help="go on from this base")
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.only != "judges":
-        train_base(args.out / "base", args.base_steps)
+        train_base(args.out / "base", *args.base_steps, start=args.start)
     if args.only != "base":
         samples = [json.loads(line) for line in args.samples.read_text().splitlines()] if args.samples else []
         for name in ("reward", "cost"):
