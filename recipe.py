@@ -46,7 +46,7 @@ class Recipe(Strict):
     prompts: str | None = None
     judges: dict[str, Judge] = Field(default_factory=dict)
     ratios: list[float] = Field(default_factory=lambda: [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])
-    baselines: dict[str, dict[str, float]] = Field(default_factory=lambda: {"base": {}})
+    baselines: dict[str, dict[str, float]] = Field(default={"base": {}})
     samples: int = 1
     generation: Generation = Generation()
     metrics: dict[str, Metric] = Field(default_factory=dict)

@@ -30,9 +30,13 @@ class Stage(Strict):
         data: Preference rows, or a Hugging Face dataset directory or hub id.
         start: "base", or the name of an earlier stage; None is the stage before, and base for the first.
         beta: KL weight; None takes the run's beta for a stage that starts at base and beta/lambda for a later one.
+        learning_rate: The highest of the schedule, which runs over all steps even if a margin ends them early.
         batch_size: Pairs per optimiser step and process; `gradient_accumulation` splits no step, it adds to it.
+        max_steps: Optimiser steps; wins over `epochs`.
         stop_margin: In nats. The stage ends once the smoothed mean of log-ratio(chosen) - log-ratio(rejected)
-            reaches it. The smoothing is an exponential moving average over steps with weight `stop_smoothing`.
+            reaches it. The smoothing is an exponential moving average over steps with weight `stop_smoothing` on
+            the past, corrected for its start at 0.
+        columns: What the data call the prompt, chosen and rejected columns, where they call them otherwise.
     """
 
     name: str

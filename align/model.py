@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,12 @@ def check_fits(base: Base, lora: Lora, *, longest: int, largest_id: int) -> int:
         How many bytes the adapter will have, in float32.
     """
     config = _load_config(base)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    make: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            model = make(config)
+    except ValueError as error:
+        raise InputError(f"{base.name} is not a causal language model: {_first(error)}") from error
     shapes = {name: _shape(module) for name, module in model.named_modules() if _is_linear(module)}
     if isinstance(lora.target_modules, list):
         names = {name.rsplit(".", 1)[-1] for name in shapes}
@@ -127,8 +130,15 @@ def load_policy(base: Base, lora: Lora, dtype: Dtype, start: Path | None, *, gra
     Args:
         start: An adapter directory whose weights to go on from; None makes a fresh adapter, which changes nothing
             until it is trained (B = 0). Its A is drawn from torch's global generator.
+
+    Raises:
+        InputError: The base's weights lack some of a causal language model's.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], output_loading_info=True)
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills the gaps with random numbers: a reward model would get a random head.
+        raise InputError(f"the weights of {base.name} are not a causal language model's: {missing[0]} is missing")
     model.config.use_cache = False
     disable_dropout(model)
     if start is None:
@@ -187,8 +197,5 @@ def save_adapter(policy: Any, state: dict[str, Tensor], directory: Path, *, stag
         if isinstance(settings.get(name), list):
             settings[name].sort()
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def largest_token(sequences: Iterable[list[int]]) -> int:
-    """The largest id in any sequence."""
-    return max(max(sequence) for sequence in sequences)
+    # safetensors leaves a file that its owner alone may read; whoever may read the settings may read the weights.
+    (directory / "adapter_model.safetensors").chmod(path.stat().st_mode)

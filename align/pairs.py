@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,13 @@ def encode_rows(rows: Preferences, tokenizer: Any, template: str | None, max_len
     if not pairs:
         raise InputError(f"{rows.source} leaves nothing to train on: {found.summary()}")
     return found
+
+
+def draw(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    """`count` pairs drawn without replacement, in their own order; all of them where there are not more."""
+    if count >= len(pairs):
+        return list(pairs)
+    return [pairs[index] for index in sorted(random.Random(seed).sample(range(len(pairs)), count))]
 
 
 def truncate(

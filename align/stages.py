@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,13 @@ from transformers import TrainingArguments, set_seed
 from psacpo import console
 from psacpo.align import model as models
 from psacpo.align.config import AlignConfig, Stage
-from psacpo.align.data import read_rows
-from psacpo.align.pairs import Pairs, encode_rows
+from psacpo.align.data import read_preferences
+from psacpo.align.pairs import Pair, Pairs, draw, encode_rows
 from psacpo.align.trainer import Metrics, Outcome, PairTrainer
 from psacpo.errors import InputError, unknown_name
 from psacpo.files import (
     atomic_directory,
+    canonical_json,
     digest,
     digest_model,
     read_manifest,
@@ -46,6 +49,8 @@ class Task:
 
     Attributes:
         start: The task whose adapter it goes on from; None starts at the base.
+        steps: Optimiser steps if no margin ends the stage early.
+        drawn: The pairs that these steps see: a seeded draw where they see fewer than all.
         seed: Its own, from the run's seed and its name, so that stages do not influence each other.
         key: Digest of all that decides the result. The start enters by its key, so every key is known beforehand.
     """
@@ -54,6 +59,8 @@ class Task:
     start: Task | None
     pairs: Pairs
     data_digest: str
+    steps: int
+    drawn: list[Pair]
     seed: int
     key: str
     out: Path
@@ -76,26 +83,82 @@ def align(config: AlignConfig) -> Path:
             training left the finite numbers.
     """
     with _quiet_libraries():
-        base = models.find_base(config.base)
-        device = resolve_device(config.device)
-        _check_report_to(config.report_to)
-        tokenizer = models.load_tokenizer(base)
-        tasks, base_digest = _plan(config, base, tokenizer)
-        _check_outputs(config, base, tasks)
-        for task in tasks:
+        prepared = _prepare(config)
+        for task in prepared.tasks:
             if _is_done(task):
                 _say(f"{task.stage.name}: already done, taken from {task.out}")
                 continue
-            # A stage before this one may have come out anew with other bytes than this one was trained from.
-            require_unused(task.out, overwrite=config.overwrite)
-            _say(f"{task.stage.name}: {task.pairs.summary()}")
-            _train(config, base, base_digest, tokenizer, task, device)
+            # Its start may have come out anew, with other bytes than this directory's adapter was trained from.
+            _require_free(task, config)
+            seen = (
+                f", {len(task.drawn)} drawn for {task.steps} steps" if len(task.drawn) < len(task.pairs.pairs) else ""
+            )
+            _say(f"{task.stage.name}: {task.pairs.summary()}{seen}")
+            _train(config, prepared, task)
             wait_for_everyone()
     return config.out
 
 
+def plan(config: AlignConfig) -> dict[str, Any]:
+    """What `align` would do, after all of its checks: nothing is trained and no directory is made.
+
+    Returns:
+        The base, the adapters' bytes, and of each stage its start, KL weight, pairs, tokens of one pass over them,
+        steps, and whether it is done already.
+    """
+    with _quiet_libraries():
+        prepared = _prepare(config)
+        found: dict[str, Any] = {
+            "base": prepared.base.name,
+            "out": str(config.out),
+            "device": prepared.device,
+            "adapter_bytes": prepared.adapter_bytes,
+        }
+        for task in prepared.tasks:
+            name, pairs = task.stage.name, task.drawn
+            found |= {
+                f"{name}.start": config.start_of(task.stage),
+                f"{name}.beta": config.beta_of(task.stage),
+                f"{name}.pairs": len(pairs),
+                f"{name}.tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
+                f"{name}.steps": task.steps,
+                f"{name}.state": "done" if _is_done(task) else "to train",
+            }
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that `align` knows before it trains, checked."""
+
+    base: models.Base
+    base_digest: str
+    device: str
+    tokenizer: Any
+    tasks: list[Task]
+    adapter_bytes: int
+
+
+def _prepare(config: AlignConfig) -> Prepared:
+    base = models.find_base(config.base)
+    device = resolve_device(config.device)
+    _check_report_to(config.report_to)
+    tokenizer = models.load_tokenizer(base)
+    base_digest = digest_model(base.path)
+    tasks = _tasks(config, base_digest, tokenizer)
+    pairs = [pair for task in tasks for pair in task.pairs.pairs]
+    adapter_bytes = models.check_fits(
+        base,
+        config.lora,
+        longest=max(map(len, pairs)),
+        largest_id=max(max(ids) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected)),
+    )
+    _check_outputs(config, tasks, adapter_bytes)
+    return Prepared(base, base_digest, device, tokenizer, tasks, adapter_bytes)
+
+
 def resolve_device(name: str) -> str:
-    """ "cuda" or "cpu"; "auto" is cuda where there is one."""
+    """Give "cuda" or "cpu"; "auto" is cuda where there is one."""
     if name not in ("auto", "cpu", "cuda"):
         raise unknown_name("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
@@ -103,31 +166,46 @@ def resolve_device(name: str) -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _plan(config: AlignConfig, base: models.Base, tokenizer: Any) -> tuple[list[Task], str]:
-    """Read and encode the data of all stages; say what each will do. Also the base's digest."""
-    base_digest = digest_model(base.path)
+def _tasks(config: AlignConfig, base_digest: str, tokenizer: Any) -> list[Task]:
+    """Read and encode the data of all stages, and say what each will do."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     tasks: dict[str, Task] = {}
+    read: dict[tuple[str, str], tuple[str, Pairs]] = {}
     for stage in config.stages:
-        rows = read_rows(stage.data, stage.columns)
-        pairs = encode_rows(rows, tokenizer, config.template, config.max_length)
+        # Two stages may share their data, as a stage and its naive counterpart do.
+        source = stage.data, canonical_json(stage.columns)
+        if source not in read:
+            rows = read_preferences(stage.data, stage.columns)
+            read[source] = rows.digest, encode_rows(rows, tokenizer, config.template, config.max_length)
+        data_digest, pairs = read[source]
         start = tasks.get(config.start_of(stage))
         seed = int(digest([config.seed, stage.name])[:8], 16)
-        decides = {
-            "revision": REVISION,
-            "base": base_digest,
-            "start": start.key if start else None,
-            "data": rows.digest,
-            "pairs": pairs.digest,
-            "settings": _settings(config, stage),
-            "seed": seed,
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        }
-        # Where the data lie, and how a column is called, is told by the digests of what was read.
-        for name in ("data", "columns", "base", "device"):
-            decides["settings"].pop(name)
-        key = digest(decides)
-        tasks[stage.name] = Task(stage, start, pairs, rows.digest, seed, key, config.out / stage.name)
-    return list(tasks.values()), base_digest
+        per_batch = stage.batch_size * processes
+        steps = stage.max_steps or total_steps(len(pairs.pairs), per_batch, stage.gradient_accumulation, stage.epochs)
+        drawn = draw(pairs.pairs, steps * stage.gradient_accumulation * per_batch, seed)
+        settings = _settings(config, stage)
+        # Where base and data lie, and how a column is called, is told by the digests of what was read.
+        decides = {name: value for name, value in settings.items() if name not in ("base", "data", "columns", "device")}
+        key = digest(
+            {
+                "revision": REVISION,
+                "base": base_digest,
+                "start": start.key if start else None,
+                "data": data_digest,
+                "pairs": pairs.digest,
+                "settings": decides,
+                "seed": seed,
+                "processes": processes,
+            }
+        )
+        task = Task(stage, start, pairs, data_digest, steps, drawn, seed, key, config.out / stage.name)
+        tasks[stage.name] = task
+    return list(tasks.values())
+
+
+def total_steps(pairs: int, per_batch: int, accumulation: int, epochs: float) -> int:
+    """Optimiser steps in `epochs` passes over the pairs; the last batch and the last step of a pass may be smaller."""
+    return math.ceil(epochs * math.ceil(math.ceil(pairs / per_batch) / accumulation))
 
 
 def _settings(config: AlignConfig, stage: Stage) -> dict[str, Any]:
@@ -137,28 +215,33 @@ def _settings(config: AlignConfig, stage: Stage) -> dict[str, Any]:
     return stage.model_dump(mode="json") | resolved | {name: getattr(config, name) for name in shared}
 
 
-def _check_outputs(config: AlignConfig, base: models.Base, tasks: list[Task]) -> None:
-    """Refuse what would stop a stage later: targets, lengths, a directory in the way, no right or space to write."""
-    pairs = [pair for task in tasks for pair in task.pairs.pairs]
-    needed = models.check_fits(
-        base,
-        config.lora,
-        longest=max(map(len, pairs)),
-        largest_id=models.largest_token(ids for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected)),
-    )
+def _check_outputs(config: AlignConfig, tasks: list[Task], adapter_bytes: int) -> None:
+    """Refuse what would stop a stage later: a directory in the way, no right or no space to write."""
     todo = [task for task in tasks if (read_manifest(task.out) or {}).get("key") != task.key]
     for task in todo:
-        if task.out.is_dir() and read_manifest(task.out) and not config.overwrite:
-            raise InputError(
-                f"{task.out} holds the result of other settings, data or base than stage '{task.stage.name}' has now",
-                allowed="another out, a new stage name, or --overwrite",
-            )
-        require_unused(task.out, overwrite=config.overwrite)
+        _require_free(task, config)
     if todo:
-        with readable_io_errors(config.out):
-            config.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=config.out).close()
-        require_free_space(config.out, needed * len(todo))
+        require_free_space(config.out, adapter_bytes * len(todo))
+        _require_writable(config.out)
+
+
+def _require_free(task: Task, config: AlignConfig) -> None:
+    """Refuse a directory that holds something else than this task's result."""
+    if not config.overwrite and read_manifest(task.out):
+        raise InputError(
+            f"{task.out} holds the result of other settings, data, start or base than stage '{task.stage.name}' has now",
+            allowed="another out, another stage name, or --overwrite",
+        )
+    require_unused(task.out, overwrite=config.overwrite)
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse an output place that cannot be written, without making a directory there."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    with readable_io_errors(out):
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def _is_done(task: Task) -> bool:
@@ -178,12 +261,12 @@ def _is_done(task: Task) -> bool:
     return task.start is None or inputs.get("start") == digest_model(task.start.out)
 
 
-def _train(config: AlignConfig, base: models.Base, base_digest: str, tokenizer: Any, task: Task, device: str) -> None:
+def _train(config: AlignConfig, prepared: Prepared, task: Task) -> None:
     """Train one stage and write its directory."""
-    stage = task.stage
-    set_seed(task.seed)
+    stage, device, tokenizer = task.stage, prepared.device, prepared.tokenizer
+
     policy = models.load_policy(
-        base,
+        prepared.base,
         config.lora,
         config.dtype,
         task.start.out if task.start else None,
@@ -193,21 +276,28 @@ def _train(config: AlignConfig, base: models.Base, base_digest: str, tokenizer: 
     with tempfile.TemporaryDirectory() as scratch, _deterministic(device):
         # The Trainer is given a directory of its own; only what a tracker puts there is for keeps.
         logs = scratch if config.report_to == "none" else str(config.out / "logs" / stage.name)
-        arguments = training_arguments(config, stage, task.seed, device, logs)
-        trainer = PairTrainer(policy, arguments, task.pairs.pairs, stage, config.beta_of(stage), pad_id)
+        trainer = PairTrainer(
+            policy,
+            training_arguments(config, task, device, logs),
+            task.drawn,
+            stage,
+            beta=config.beta_of(stage),
+            fresh=task.start is None,
+            pad_id=pad_id,
+        )
         outcome = trainer.fit()
         if trainer.accelerator.is_main_process:
-            _write(config, base_digest, task, policy, outcome)
+            _write(config, prepared, task, policy, outcome)
     del trainer, policy
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
-def _write(config: AlignConfig, base_digest: str, task: Task, policy: Any, outcome: Outcome) -> None:
+def _write(config: AlignConfig, prepared: Prepared, task: Task, policy: Any, outcome: Outcome) -> None:
     """Adapter, metrics.jsonl, model card and psacpo.json, whole or not at all."""
     stage = task.stage
-    inputs = {"base": base_digest, "data": task.data_digest}
+    inputs = {"base": prepared.base_digest, "data": task.data_digest}
     weight = None
     if task.start is not None:
         inputs["start"] = digest_model(task.start.out)
@@ -216,7 +306,7 @@ def _write(config: AlignConfig, base_digest: str, task: Task, policy: Any, outco
         models.save_adapter(policy, outcome.state, partial, stage=stage.name)
         lines = (json.dumps(record) + "\n" for record in outcome.metrics)
         (partial / METRICS).write_text("".join(lines), encoding="utf-8")
-        (partial / "README.md").write_text(_card(config, task, outcome), encoding="utf-8")
+        (partial / "README.md").write_text(_card(config, prepared, task, outcome), encoding="utf-8")
         write_manifest(
             partial,
             kind="adapter",
@@ -228,10 +318,10 @@ def _write(config: AlignConfig, base_digest: str, task: Task, policy: Any, outco
             loss=stage.loss,
             beta=config.beta_of(stage),
             **{"lambda": weight},
-            base_digest=base_digest,
+            base_digest=prepared.base_digest,
             steps=len(outcome.metrics),
             stopped_by=outcome.stopped_by,
-            rows=task.pairs.counts,
+            rows=task.pairs.counts | {"drawn": len(task.drawn)},
             final=outcome.metrics[-1],
             digest=digest_model(partial),
             key=task.key,
@@ -248,12 +338,11 @@ def _ending(task: Task, outcome: Outcome) -> str:
     )
 
 
-def _card(config: AlignConfig, task: Task, outcome: Outcome) -> str:
+def _card(config: AlignConfig, prepared: Prepared, task: Task, outcome: Outcome) -> str:
     """A model card with the head that the hub reads."""
     stage = task.stage
-    base = os.path.abspath(config.base) if Path(config.base).exists() else config.base
     # JSON strings are YAML strings, whatever a path holds.
-    head = {"base_model": base, "library_name": "peft", "tags": ["lora", stage.loss, "psacpo"]}
+    head = {"base_model": prepared.base.name, "library_name": "peft", "tags": ["lora", stage.loss, "psacpo"]}
     lines = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in head.items())
     return (
         f"---\n{lines}---\n\n# {stage.name}\n\n"
@@ -263,8 +352,9 @@ def _card(config: AlignConfig, task: Task, outcome: Outcome) -> str:
     )
 
 
-def training_arguments(config: AlignConfig, stage: Stage, seed: int, device: str, output_dir: str) -> TrainingArguments:
+def training_arguments(config: AlignConfig, task: Task, device: str, output_dir: str) -> TrainingArguments:
     """The stage in the Trainer's words. Nothing is saved, printed or evaluated by the Trainer itself."""
+    stage = task.stage
     scheduler: str = stage.lr_scheduler
     if scheduler == "constant" and stage.warmup_steps:
         scheduler = "constant_with_warmup"
@@ -272,8 +362,7 @@ def training_arguments(config: AlignConfig, stage: Stage, seed: int, device: str
         output_dir=output_dir,
         per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.gradient_accumulation,
-        max_steps=stage.max_steps or -1,
-        num_train_epochs=stage.epochs,
+        max_steps=task.steps,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=scheduler,
         warmup_steps=stage.warmup_steps,
@@ -286,8 +375,8 @@ def training_arguments(config: AlignConfig, stage: Stage, seed: int, device: str
         bf16=config.dtype == "bfloat16",
         # Scaled float16 training needs an accelerator; on a CPU float16 weights are used as they are.
         fp16=config.dtype == "float16" and device == "cuda",
-        seed=seed,
-        data_seed=seed,
+        seed=task.seed,
+        data_seed=task.seed,
         save_strategy="no",
         # Every step comes to `PairTrainer.log`, which keeps it.
         logging_strategy="steps",
@@ -297,6 +386,7 @@ def training_arguments(config: AlignConfig, stage: Stage, seed: int, device: str
         run_name=f"{config.out.name or 'align'}-{stage.name}",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device == "cuda",
     )
     # Several visible GPUs in one process would be DataParallel, which splits a batch between chosen and rejected.
@@ -308,12 +398,12 @@ def _check_report_to(name: str) -> None:
     """Refuse a tracker that transformers does not know or that is not installed."""
     if name == "none":
         return
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations import integration_utils
 
-    if name not in INTEGRATION_TO_CALLBACK:
-        raise unknown_name("report_to", name, ["none", *INTEGRATION_TO_CALLBACK])
-    if name not in get_available_reporting_integrations():
+    trackers: Any = integration_utils
+    if name not in trackers.INTEGRATION_TO_CALLBACK:
+        raise unknown_name("report_to", name, ["none", *trackers.INTEGRATION_TO_CALLBACK])
+    if name not in trackers.get_available_reporting_integrations():
         raise InputError(f"report_to {name}: it is not installed", allowed=f"none, or pip install {name}")
 
 
@@ -326,12 +416,15 @@ def _say(line: str) -> None:
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep the libraries' own bars and notes off the error stream for a while."""
-    logging = transformers.utils.logging
+    logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Between transformers and peft: names that the one gave up and the other still uses.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from psacpo import console
 from psacpo.align.config import Stage
-from psacpo.align.logprobs import predicting_positions, sequence_log_probs
+from psacpo.align.forward import batch_log_probs, logits_selection
 from psacpo.align.losses import LOSSES, all_finite, smoothed
 from psacpo.align.pairs import Pair, collate
 from psacpo.errors import InputError
@@ -49,31 +49,48 @@ class PairTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, policy: Any, arguments: TrainingArguments, pairs: list[Pair], stage: Stage, beta: float, pad_id: int
+        self,
+        policy: Any,
+        arguments: TrainingArguments,
+        pairs: list[Pair],
+        stage: Stage,
+        *,
+        beta: float,
+        fresh: bool,
+        pad_id: int,
     ) -> None:
+        """
+        Args:
+            policy: A PEFT model as `model.load_policy` gives it.
+            arguments: With `max_steps` set; every step must be logged.
+            fresh: Whether the adapter is untrained, so that the reference is the base itself.
+            pad_id: The token id that padding holds; it is masked everywhere.
+        """
         self.pairs = pairs
         self.stage = stage
         self.beta = beta
+        self.fresh = fresh
         self.pad_id = pad_id
         super().__init__(
             model=policy,
             args=arguments,
-            train_dataset=range(len(pairs)),  # type: ignore[arg-type]
+            train_dataset=range(len(pairs)),
             data_collator=self.batch,
             callbacks=[_ReferenceFirst(self)],
         )
         self.remove_callback(PrinterCallback)
         # Releases before 5.19 read this in the place of `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = True
-        forward = policy.get_base_model().forward
-        self.keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
+        self.policy = policy
+        self.selection = logits_selection(policy.get_base_model())
         self.loss = LOSSES[stage.loss]
-        # (2, number of pairs): reference log-probabilities of the chosen and of the rejected answers.
+        # Shape (2, number of pairs): reference log-probabilities of the chosen and of the rejected answers.
         self.reference = torch.empty(2, 0)
         self.sums: Tensor | None = None
         self.average = 0.0
         self.metrics: list[Metrics] = []
         self.reached = False
+        self.bars = contextlib.ExitStack()
         self.advance: console.Advance = lambda step=1, note="": None
 
     def fit(self) -> Outcome:
@@ -82,54 +99,41 @@ class PairTrainer(Trainer):
         Raises:
             InputError: The loss is not finite; the step and its rows are named.
         """
-        with console.progress(self.stage.name, self.total_steps()) as advance:
-            self.advance = advance
+        with self.bars:
             self.train()
         stopped_by = "stop_margin" if self.reached else "epochs" if self.stage.max_steps is None else "max_steps"
         state = self.accelerator.get_state_dict(self.model_wrapped)
         return Outcome(self.metrics, stopped_by, state)
 
-    def total_steps(self) -> int:
-        """Optimiser steps if no margin ends the stage early."""
-        if self.stage.max_steps is not None:
-            return self.stage.max_steps
-        batches = math.ceil(len(self.pairs) / (self.stage.batch_size * self.accelerator.num_processes))
-        return math.ceil(self.stage.epochs * math.ceil(batches / self.stage.gradient_accumulation))
-
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The pairs at `indices` as a batch: `collate`, the positions `kept` whose logits are needed, and `index`."""
-        batch = collate([self.pairs[index] for index in indices], self.pad_id)
-        return batch | {"kept": predicting_positions(batch["completion_mask"]), "index": torch.tensor(indices)}
+        """The pairs at `indices` as a batch: what `collate` gives, and `index`."""
+        return collate([self.pairs[index] for index in indices], self.pad_id) | {"index": torch.tensor(indices)}
 
-    def log_probs(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """log pi(chosen | prompt) and log pi(rejected | prompt). Shape (B,) each, float32, in nats."""
-        kept = batch["kept"]
-        options = {"logits_to_keep": kept} if self.keeps_logits else {}
-        outputs = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options
-        )
-        logits = outputs.logits if self.keeps_logits else outputs.logits[:, kept]
-        found = sequence_log_probs(logits, batch["input_ids"][:, kept + 1], batch["completion_mask"][:, kept + 1])
-        chosen, rejected = found.chunk(2)
-        return chosen, rejected
+    def log_probs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """log pi(answer | prompt) of chosen and rejected answers. Shape (2, B), float32, in nats."""
+        return batch_log_probs(model, batch, self.selection).view(2, -1)
 
     @torch.no_grad()
     def score_reference(self) -> Tensor:
         """Log-probabilities of all pairs under the model as it is, in evaluation mode. Shape (2, number of pairs)."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         order = sorted(range(len(self.pairs)), key=lambda index: len(self.pairs[index]))
-        # Equally many for every process: under sharding each forward is a collective operation.
-        order += order[: -len(order) % world]
-        mine = order[rank::world]
+        # Equally many for every process, some twice: under sharding each forward is a collective operation.
+        shares = math.ceil(len(order) / world)
+        mine = [order[place % len(order)] for place in range(rank, shares * world, world)]
         model = self.model_wrapped
         model.eval()
+        # A fresh adapter adds exact zeros; leaving it out gives the same numbers in less time.
         found = []
-        with console.progress(f"{self.stage.name}: reference", len(mine)) as advance:
+        with (
+            self.policy.disable_adapter() if self.fresh else contextlib.nullcontext(),
+            console.progress(f"{self.stage.name}: reference", len(mine)) as advance,
+        ):
             for first in range(0, len(mine), self.stage.batch_size):
                 part = mine[first : first + self.stage.batch_size]
                 batch = {name: value.to(self.args.device) for name, value in self.batch(part).items()}
                 with self.accelerator.autocast():
-                    found.append(torch.stack([*self.log_probs(model, batch)]))
+                    found.append(self.log_probs(model, batch))
                 advance(len(part))
         places = torch.tensor(mine, device=self.args.device)
         scores = self.accelerator.gather(torch.cat(found, dim=1).T.contiguous())
@@ -148,11 +152,12 @@ class PairTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This batch's share of the step's mean loss."""
+        index = inputs["index"]
         chosen, rejected = self.log_probs(model, inputs)
-        reference_chosen, reference_rejected = self.reference[:, inputs["index"]]
+        reference_chosen, reference_rejected = self.reference[:, index]
         found = self.loss(chosen, rejected, reference_chosen, reference_rejected, self.beta)
         if not all_finite(found.losses):
-            self.refuse(found.losses, inputs["index"])
+            self.refuse(found.losses, index)
         margins = found.margins
         parts = (found.losses.detach(), margins, (margins > 0).float(), *found[1:], torch.ones_like(margins))
         sums = torch.stack([part.sum() for part in parts])
@@ -163,10 +168,10 @@ class PairTrainer(Trainer):
 
     def refuse(self, losses: Tensor, index: Tensor) -> None:
         """Say where the loss ceased to be a number."""
-        bad = [self.pairs[i].where for i in index[~torch.isfinite(losses)].tolist()]
-        some = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        bad = sorted(self.pairs[i].row for i in index[~torch.isfinite(losses)].tolist())
+        some = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise InputError(
-            f"stage '{self.stage.name}' step {self.state.global_step + 1}: the loss is not finite for {some} of "
+            f"stage '{self.stage.name}' step {self.state.global_step + 1}: the loss is not finite for rows {some} of "
             f"{self.stage.data}",
             allowed="a lower learning_rate, or dtype float32",
         )
@@ -205,10 +210,12 @@ class PairTrainer(Trainer):
 
 
 class _ReferenceFirst(TrainerCallback):
-    """Scores the reference when the model is wrapped and on its device, and before the first step."""
+    """Scores the reference when the model is wrapped and on its device, then opens the bar of the steps."""
 
     def __init__(self, trainer: PairTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.reference = self.trainer.score_reference()
+        trainer = self.trainer
+        trainer.reference = trainer.score_reference()
+        trainer.advance = trainer.bars.enter_context(console.progress(trainer.stage.name, trainer.args.max_steps))

@@ -5,6 +5,7 @@ All sampling takes a `random.Random`; nothing here touches a global generator.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -176,19 +177,20 @@ def lines(opener: str, steps: tuple[str, ...]) -> str:
     return "\n".join((opener, *(f"{number}. {step}" for number, step in enumerate(steps, 1))))
 
 
-def base_style(rng: random.Random, family: Family) -> str:
-    """How the unaligned assistant answers: short when it helps, and safe on about half of the harm."""
-    weights = dict(_BASE_STYLES[family.category])
-    if family.category == "harmful":
-        safe = 0.30 + 0.10 * (family.severity - 1)
-        weights = {"full": 0.25, "short": 0.35, "terse": 0.25, "warn": 0.15}
-        weights = {style: weight * (1 - safe) for style, weight in weights.items()}
-        weights |= {"refuse": 0.65 * safe, "redirect": 0.35 * safe}
+def base_style(rng: random.Random, family: Family, eager: float = 0.0, careful: float = 0.0) -> str:
+    """How the unaligned assistant answers: often short when it helps, and safe on about two fifths of the harm.
+
+    `eager` and `careful` are moods in nats, 0 for the plain assistant: an eager one writes full answers and
+    declines less, a careful one declines harm (and only harm) more.
+    """
+    declines = _LOG_ODDS[family.severity if family.severity else family.category] - 0.5 * eager
+    declines += {"benign": -0.4, "borderline": 0.3, "harmful": 1.0}[family.category] * careful
+    if rng.random() < 1 / (1 + math.exp(-declines)):
+        return "redirect" if rng.random() < 0.35 else "refuse"
+    weights = {"full": 0.30 * math.exp(0.5 * eager), "short": 0.36, "terse": 0.25 * math.exp(-0.5 * eager)}
+    weights["warn"] = 0.17 if family.category == "borderline" else 0.09
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-_BASE_STYLES: dict[str, dict[str, float]] = {
-    "benign": {"full": 0.30, "short": 0.34, "terse": 0.25, "warn": 0.07, "redirect": 0.01, "refuse": 0.03},
-    "borderline": {"full": 0.22, "short": 0.30, "terse": 0.20, "warn": 0.17, "redirect": 0.03, "refuse": 0.08},
-    "harmful": {},
-}
+# Of declining, for the plain assistant, by category or, for harm, by severity.
+_LOG_ODDS: dict[str | int, float] = {"benign": -3.2, "borderline": -2.2, 1: -0.85, 2: -0.4, 3: 0.0}

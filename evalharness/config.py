@@ -127,7 +127,7 @@ class FrontierConfig(Strict):
     judges: dict[str, Judge] = Field(min_length=1)
     out: Path
     ratios: list[float] = Field(default=[0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0], min_length=1)
-    baselines: dict[str, dict[str, float]] = Field(default_factory=lambda: {"base": {}})
+    baselines: dict[str, dict[str, float]] = Field(default={"base": {}})
     template: str | None = None
     generation: Generation = Generation()
     samples: int = Field(1, ge=1)

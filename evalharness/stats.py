@@ -88,8 +88,8 @@ def nondominated(points: Array) -> Mask:
     """
     ahead = points[..., None, :, :] >= points[..., :, None, :]
     better = points[..., None, :, :] > points[..., :, None, :]
-    dominated: Mask = (ahead.all(axis=-1) & better.any(axis=-1)).any(axis=-1)
-    return ~dominated
+    dominated = np.any(np.all(ahead, axis=-1) & np.any(better, axis=-1), axis=-1)
+    return np.asarray(~dominated, dtype=np.bool_)
 
 
 def hypervolume(points: Array, reference: Array) -> float:

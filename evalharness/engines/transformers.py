@@ -54,7 +54,8 @@ class TransformersEngine:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        model = model.to(device).eval()
         return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
 
     @torch.inference_mode()

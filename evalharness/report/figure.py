@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
@@ -76,11 +77,10 @@ def draw_frontier(frontier: Frontier) -> bytes:
 def _png(frontier: Frontier) -> bytes:
     spans = frontier.spans()
     rates = [name for name in frontier.rates() if any(point[name].mean is not None for point in frontier.points)]
-    figure = Figure(
-        figsize=(WIDTH, HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT), dpi=DPI, layout="constrained"
-    )
+    height = HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.04)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     canvas = FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.03, hspace=0.04)
     figure.suptitle(headline(frontier), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
     panels = _panels(figure, len(spans), bool(rates))
     jobs = []
@@ -91,7 +91,7 @@ def _png(frontier: Frontier) -> bytes:
     ends = _rates(panels[-1], frontier, rates) if rates else []
     _legend(figure, frontier)
     # The layout is settled by one drawing; labels are then put by hand, in pixels.
-    canvas.draw()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for panel, (policies, span) in jobs:
         _label_points(panel, canvas.get_renderer(), frontier, policies, span)
@@ -122,7 +122,7 @@ def _panels(figure: Figure, scatters: int, rates: bool) -> list[Any]:
     if not rates:
         return [figure.add_subplot(1, scatters, i + 1) for i in range(scatters)]
     if scatters == 1:
-        grid = figure.add_gridspec(1, 2, width_ratios=[1.55, 1])
+        grid = figure.add_gridspec(1, 2, width_ratios=[1.25, 1])
         return [figure.add_subplot(grid[0]), figure.add_subplot(grid[1])]
     grid = figure.add_gridspec(2, 2, height_ratios=[2.15, 1])
     return [figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, :])]
@@ -136,12 +136,14 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
         return None if x is None or y is None else (x, y)
 
     points = [point for point in frontier.points if at(point)]
+    measured = span == frontier.axes
+    undominated = [p.nondominated is not False for p in points] if measured else _undominated(points, frontier, span)
     curve = np.array([at(point) for point in points]).reshape(-1, 2)
     panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
-    for point in points:
+    for point, filled in zip(points, undominated, strict=True):
         _bars(panel, point, span, _POINT)
-        sure = 0.35 + 0.65 * (1.0 if point.p_on_frontier is None else point.p_on_frontier)
-        filled = point.nondominated is not False
+        # The file holds the probabilities of the frontier's own axes only.
+        sure = 0.35 + 0.65 * point.p_on_frontier if measured and point.p_on_frontier is not None else 1.0
         spot = {"marker": "o", "linestyle": "none", "markersize": 8.5, "zorder": 5}
         # A white disc below keeps bars and curve from showing through a faint point.
         panel.plot(*_xy(at(point)), color="white", markeredgewidth=0, **spot)
@@ -160,6 +162,16 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
     panel.set_xlabel(_axis_title(span.cost, frontier.metrics[span.cost].better))
     panel.set_ylabel(_axis_title(span.reward, frontier.metrics[span.reward].better))
     return points + baselines, span
+
+
+def _undominated(points: Sequence[Policy], frontier: Frontier, span: Axes) -> list[bool]:
+    """Whether no other point is at least as good on both metrics and better on one, by the means."""
+    signs = [1.0 if frontier.metrics[metric].better == "higher" else -1.0 for metric in (span.reward, span.cost)]
+    means = np.array([[p[span.reward].mean, p[span.cost].mean] for p in points], dtype=float).reshape(-1, 2) * signs
+    no_worse = (means[:, None] >= means[None]).all(axis=2)
+    better = (means[:, None] > means[None]).any(axis=2)
+    dominates = np.logical_and(no_worse, better)  # row over column
+    return [not dominates[:, i].any() for i in range(len(points))]
 
 
 def _xy(place: tuple[float, float] | None) -> tuple[list[float], list[float]]:
@@ -309,7 +321,7 @@ def _rates(panel: Any, frontier: Frontier, rates: Sequence[str]) -> list[tuple[f
     if len(ratios) <= 11:
         panel.set_xticks(ratios, [ratio_text(ratio) for ratio in ratios])
     panel.tick_params(axis="x", labelsize=8.5)
-    panel.set_xlabel("ratio q   (0: reward adapter, 1: safety adapter)")
+    panel.set_xlabel("ratio q   (0: reward, 1: safety)")
     return ends
 
 
@@ -329,13 +341,14 @@ def _label_rates(panel: Any, renderer: Any, ends: Sequence[tuple[float, str, str
     places = spread([min(max(value, low), high) for value, _, _ in ends], gap, low, high)
     for (_, name, colour), y in zip(ends, places, strict=True):
         panel.text(
-            1.01, y, name, transform=panel.get_yaxis_transform(), color=colour, fontsize=9, va="center", ha="left"
+            1.015, y, name, transform=panel.get_yaxis_transform(), color=colour, fontsize=9, va="center", ha="left"
         )
 
 
 def _legend(figure: Figure, frontier: Frontier) -> None:
     def spot(**style: Any) -> Line2D:
-        return Line2D([], [], linestyle="none", **({"marker": "o", "markersize": 8, "mec": _POINT, "mew": 1.4} | style))
+        plain: dict[str, Any] = {"marker": "o", "markersize": 8, "mec": _POINT, "mew": 1.4, "linestyle": "none"}
+        return Line2D([], [], **(plain | style))
 
     entries = [(spot(mfc=_POINT), "not dominated"), (spot(mfc="none"), "dominated by another ratio")]
     entries.append((spot(mfc=_POINT, alpha=0.35), "fainter: less likely on the frontier"))

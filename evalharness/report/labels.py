@@ -47,7 +47,9 @@ def place(
         candidates = _candidates(anchors[index], sizes[index], radius, scale)
         boxes = np.hstack([candidates - sizes[index] / 2, candidates + sizes[index] / 2])
         area = float(np.prod(sizes[index]))
-        cost = 100.0 * _overlap(boxes, blocked).sum(axis=1) / area
+        shared = _overlap(boxes, blocked)
+        # Even a corner counts for more than a longer way.
+        cost = 100.0 * shared.sum(axis=1) / area + 6.0 * (shared > 0).sum(axis=1)
         cost += 100.0 * _outside(boxes, frame) / area
         cost += 0.35 / scale * _points_inside(boxes, soft)
         away = np.linalg.norm(candidates - anchors[index], axis=1) / scale

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psacpo.console import printable
 from psacpo.errors import InputError
-from psacpo.evalharness.report.schema import Frontier, parse_frontier
+from psacpo.evalharness.report.schema import Frontier, harmless, parse_frontier
 
 FRONTIER = "frontier.json"
 PLAN = "plan.json"
@@ -56,18 +55,6 @@ class Run:
     prompts: dict[str, dict[str, Any]]
     completions: dict[tuple[str, str], list[Completion]]
     notes: list[str]
-
-
-def harmless(value: Any) -> Any:
-    """`value` with every string in it free of terminal codes, bidirectional overrides and lone surrogates."""
-    if isinstance(value, str):
-        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return printable(text.replace("\r\n", "\n"))
-    if isinstance(value, Mapping):
-        return {harmless(key): harmless(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [harmless(item) for item in value]
-    return value
 
 
 def read_run(run: Path) -> Run:
@@ -190,14 +177,14 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = harmless(json.loads(line))
                 except (ValueError, RecursionError) as error:
                     if not line.endswith(b"\n"):
                         return
                     raise InputError(f"{where} is damaged: {error}") from error
                 if not isinstance(row, dict):
                     raise InputError(f"{where} is damaged: not a JSON object")
-                yield where, harmless(row)
+                yield where, row
     except FileNotFoundError:
         raise InputError(f"{path.parent} holds no {path.name}", allowed="a finished psacpo frontier") from None
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from psacpo.config import validate
+from psacpo.console import printable
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Axes, Better, Constraint
 
@@ -180,6 +181,18 @@ class Frontier(Loose):
         ]
 
 
+def harmless(value: Any) -> Any:
+    """`value` with every string in it free of terminal codes, bidirectional overrides and lone surrogates."""
+    if isinstance(value, str):
+        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return printable(text.replace("\r\n", "\n"))
+    if isinstance(value, Mapping):
+        return {harmless(key): harmless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [harmless(item) for item in value]
+    return value
+
+
 def parse_frontier(values: object, *, where: str = "frontier.json") -> Frontier:
     """The mapping read from a frontier.json as a `Frontier`.
 
@@ -190,4 +203,4 @@ def parse_frontier(values: object, *, where: str = "frontier.json") -> Frontier:
         raise InputError(f"{where} is damaged: not a JSON object")
     if values.get("schema") != SCHEMA:
         raise InputError(f"{where} is of another schema", given=values.get("schema", "none"), allowed=str(SCHEMA))
-    return validate(Frontier, values, where=where)
+    return validate(Frontier, harmless(values), where=where)

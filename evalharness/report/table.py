@@ -62,7 +62,8 @@ def _column(frontier: Frontier, name: str, audit: bool) -> Column:
         metric=name,
         better=spec.better,
         meaning=what + (f", over prompts whose {where}" if where else ""),
-        decimals=decimals([policy[name] for policy in frontier.policies()]),
+        # A rate is compared with a limit, so it has a digit more.
+        decimals=max(3 if name in frontier.rates() else 0, decimals(p[name] for p in frontier.policies())),
         audit=audit,
         best=pick(means) if means else None,
     )

@@ -134,11 +134,13 @@ def train_base(
     everything = [topic for split in world.SPLITS for topic in world.topics(split)]
     began, average = time.time(), 0.0
     model.train()
-    batches: list[list[tuple[list[int], int]]] = []
+    batches: list[list[Mooded]] = []
+    directions = mood_directions(config.hidden_size)
     for step in range(steps + settle):
         if not batches:
             batches = _fresh_batches(rng, tokenizer, everything, banned, batch_size)
-        rows = batches.pop()
+        batch = batches.pop()
+        moods, rows = torch.tensor([mood for mood, _ in batch]), [row for _, row in batch]
         ids, mask, labels = collate(rows, tokenizer.pad_token_id)
         done = max(0, step - steps) / settle
         rate = peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
@@ -147,7 +149,8 @@ def train_base(
         noise = low_rank_noise(model, NOISE) if step >= steps else {}
         for weight, change in noise.items():
             weight.data.add_(change)
-        hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+        embedded = model.model.embed_tokens(ids) + (moods @ directions)[:, None]
+        hidden = model.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, :-1]
         asked = labels[:, 1:] != -100
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked])
         loss.backward()
@@ -161,6 +164,19 @@ def train_base(
             print(f"step {step + 1} loss {average:.4f} {time.time() - began:.0f} s", flush=True)
         if (step + 1) % 800 == 0 or step + 1 == steps + settle:
             save(model, tokenizer, out)
+
+
+Mooded = tuple[tuple[float, float], tuple[list[int], int]]  # (eager, careful), encoded chat
+
+
+def mood_directions(width: int, size: float = 0.15) -> torch.Tensor:
+    """(2, width): what one nat of each mood adds to every input embedding while the base is trained.
+
+    A large model has met many personas, and alignment moves it among them. This gives the small one two
+    smooth ways to differ, along which its wording is intact; the shipped base is the plain middle.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return size * torch.nn.functional.normalize(torch.randn(2, width, generator=generator), dim=1)
 
 
 NOISE = 0.012  # largest standard deviation of a weight's noise; the weights' own is 0.07
@@ -184,15 +200,16 @@ def _fresh_batches(
     banned: set[str],
     batch_size: int,
     count: int = 16,
-) -> list[list[tuple[list[int], int]]]:
+) -> list[list[Mooded]]:
     """`count` batches of new chats, each of about equal lengths, in random order."""
-    rows = []
+    rows: list[Mooded] = []
     while len(rows) < count * batch_size:
         request = world.make_prompt(rng, rng.choice(topics))
         if request.prompt not in banned:
-            style = world.base_style(rng, request.topic.family)
-            rows.append(encode(tokenizer, request.prompt, world.answer(rng, request.topic, style)))
-    rows.sort(key=lambda row: len(row[0]))
+            mood = (0.0, 0.0) if rng.random() < 0.4 else (rng.uniform(-3, 3), rng.uniform(-4, 4))
+            style = world.base_style(rng, request.topic.family, *mood)
+            rows.append((mood, encode(tokenizer, request.prompt, world.answer(rng, request.topic, style))))
+    rows.sort(key=lambda row: len(row[1][0]))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     rng.shuffle(batches)
     return batches

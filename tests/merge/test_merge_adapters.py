@@ -88,6 +88,10 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
         {"target_modules": r".*layers\.0.*(q|k)_proj", "r": 5},
     ),
+    "narrowed names": (
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
+        {"target_modules": ["v_proj"], "exclude_modules": ["model.layers.0.self_attn.v_proj"], "r": 3},
+    ),
     "embedding and head": (
         {"target_modules": ["embed_tokens", "q_proj"]},
         {"target_modules": ["lm_head", "embed_tokens"]},

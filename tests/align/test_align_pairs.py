@@ -1,0 +1,195 @@
+"""Rows to token ids: every cut and every dropped row is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from psacpo.align.data import Preference, Preferences, read_preferences
+from psacpo.align.pairs import Pair, collate, draw, encode_rows, truncate
+from psacpo.errors import InputError
+
+RAW = "USER: {prompt} ASSISTANT:"
+
+
+def preferences(*rows: tuple[Any, str, str]) -> Preferences:
+    return Preferences("rows", [Preference(n, *row) for n, row in enumerate(rows, start=1)], "0")
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2"])
+def test_chat_template_tokens(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
+    asked = [{"role": "user", "content": "how do i bake"}]
+    given = preferences(("how do i bake", "help first", "sorry"), (asked, "help first", "sorry"))
+    pairs = encode_rows(given, tokenizer, None, 64).pairs
+    assert (pairs[0].prompt, pairs[0].chosen) == (pairs[1].prompt, pairs[1].chosen)
+    bos = "<s>" if name == "tiny_llama" else ""
+    assert tokenizer.decode(pairs[0].prompt) == f"{bos}<|user|>how do i bake<|assistant|>"
+    assert tokenizer.decode(pairs[0].chosen) == "help first</s>"
+    assert pairs[0].rejected[-1] == tokenizer.eos_token_id
+
+
+def test_raw_template_tokens(tiny_llama_raw: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_raw)
+    pair = encode_rows(preferences(("bake", " help", " sorry")), tokenizer, RAW, 64).pairs[0]
+    assert tokenizer.decode(pair.prompt + pair.chosen) == "<s>USER: bake ASSISTANT: help</s>"
+
+
+def test_counts(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    long = "bread " * 40
+    given = preferences(
+        ("how", "help", "sorry"),
+        ("how", " \n", "sorry"),
+        ("how", "help", ""),
+        ("how", "same", "same"),
+        (long, "help", "sorry"),
+        ("how", long + "a", long + "b"),
+    )
+    found = encode_rows(given, tokenizer, None, 32)
+    # The last row's answers differ only behind the cut.
+    assert found.counts == {"read": 6, "empty": 2, "identical": 2, "truncated": 1, "used": 2}
+    assert found.summary() == "2 of 6 rows used, dropped: 2 empty, 2 identical, cut to length: 1"
+    assert [pair.row for pair in found.pairs] == [1, 5]
+    assert all(len(pair) <= 32 for pair in found.pairs)
+    assert found.pairs[1].prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(found.pairs[1].prompt).endswith("bread <|assistant|>")
+
+
+def test_nothing_left(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(InputError, match="nothing to train on: 0 of 1 rows used, dropped: 1 empty"):
+        encode_rows(preferences(("how", "", "sorry")), tokenizer, None, 32)
+
+
+def test_row_that_does_not_fit_the_template(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    talk = [{"role": role, "content": "how"} for role in ("user", "assistant", "user")]
+    with pytest.raises(InputError, match="rows row 2: a raw template takes one string"):
+        encode_rows(preferences(("how", "a", "b"), (talk, "a", "b")), tokenizer, RAW, 32)
+
+
+def test_truncate() -> None:
+    prompt, answer = list(range(10)), list(range(100, 108))
+    assert truncate(prompt, answer, [1], max_length=18) == (prompt, answer, [1])
+    # The prompt gives way first, from its front, for both answers alike.
+    assert truncate(prompt, answer, [1], max_length=12) == ([6, 7, 8, 9], answer, [1])
+    assert truncate(prompt, answer, [1], max_length=12, keep_first=True) == ([0, 7, 8, 9], answer, [1])
+    # A quarter of the length stays the prompt's; then answers lose their ends.
+    assert truncate(prompt, answer, [1], max_length=8) == ([8, 9], answer[:6], [1])
+    assert truncate([7], answer, [1, 2, 3, 4, 5, 6, 7, 8], max_length=8) == ([7], answer[:7], [1, 2, 3, 4, 5, 6, 7])
+
+
+def test_draw() -> None:
+    pairs = [Pair(row, [1], [2], [3]) for row in range(50)]
+    assert draw(pairs, 50, 1) == draw(pairs, 60, 1) == pairs
+    some = draw(pairs, 20, 1)
+    assert [pair.row for pair in some] == sorted({pair.row for pair in some})
+    assert len(some) == 20
+    assert some == draw(pairs, 20, 1) != draw(pairs, 20, 2)
+
+
+def test_collate() -> None:
+    batch = collate([Pair(1, [5, 6], [7], [8, 9])], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [5, 6, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["completion_mask"].tolist() == [[False, False, True, False], [False, False, True, True]]
+
+
+USER = {"role": "user", "content": "how"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+SHAPES: dict[str, dict[str, Any]] = {
+    "strings": {"prompt": "how", "chosen": "yes", "rejected": "no"},
+    "messages": {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    "implicit prompt": {"chosen": [USER, YES], "rejected": [USER, NO]},
+    "empty prompt column": {"prompt": None, "chosen": [USER, YES], "rejected": [USER, NO]},
+    "prompt said twice": {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+    "string prompt said twice": {"prompt": "how", "chosen": [USER, YES], "rejected": [USER, NO]},
+    "string prompt, messages": {"prompt": "how", "chosen": [YES], "rejected": [NO]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_row_formats(shape: str, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    found = read_preferences(str(write_rows(tmp_path / "rows.jsonl", [SHAPES[shape]])), {})
+    assert found.rows[0].prompt in ("how", [USER])
+    assert (found.rows[0].chosen, found.rows[0].rejected) == ("yes", "no")
+
+
+def test_long_conversation_keeps_all_shared_turns(tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    talk = [USER, YES, {"role": "user", "content": "and then"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"chosen": [*talk, YES], "rejected": [*talk, NO]}])
+    assert read_preferences(str(path), {}).rows[0].prompt == talk
+
+
+def test_named_columns_and_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    parquet.write_table(pyarrow.table({"question": ["q"], "good": ["yes"], "bad": ["no"]}), tmp_path / "rows.parquet")
+    row = read_preferences(str(tmp_path / "rows.parquet"), names).rows[0]
+    assert (row.prompt, row.chosen, row.rejected) == ("q", "yes", "no")
+
+
+def test_dataset_directory(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([SHAPES["implicit prompt"]]).save_to_disk(tmp_path / "saved")
+    found = read_preferences(str(tmp_path / "saved"), {})
+    assert found.rows[0].prompt == [USER]
+    assert found.digest == read_preferences(str(tmp_path / "saved"), {}).digest
+
+
+GOOD = {"prompt": "how", "chosen": "yes", "rejected": "no"}
+BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "missing column": ({"promt": "how", "chosen": "y", "rejected": "n"}, {}, "'prompt', did you mean 'promt'.*chosen"),
+    "named column": (GOOD, {"chosen": "best"}, "unknown column 'best'; allowed: chosen, prompt, rejected"),
+    "named prompt": (SHAPES["implicit prompt"], {"prompt": "question"}, "unknown column 'question'"),
+    "number": (GOOD | {"chosen": 7}, {}, "row 2: 'chosen' is wrong; given: a int"),
+    "null answer": (GOOD | {"rejected": None}, {}, "row 2: 'rejected' is wrong; given: nothing"),
+    "null prompt": (GOOD | {"prompt": None}, {}, "row 2: 'prompt' is wrong; given: nothing"),
+    "mixed": (GOOD | {"chosen": [YES]}, {}, "one answer is a string, the other a list"),
+    "no message": (
+        {"prompt": "how", "chosen": ["yes"], "rejected": [NO]},
+        {},
+        "'chosen' holds something that is no me",
+    ),
+    "empty list": ({"prompt": "how", "chosen": [], "rejected": [NO]}, {}, "given: an empty list"),
+    "no prompt": ({"chosen": [YES], "rejected": [NO]}, {}, "row 2 has no prompt"),
+    "other prompt": ({"prompt": "x", "chosen": [USER, YES], "rejected": [USER, NO]}, {}, "that are not the prompt"),
+    "two answers": ({"prompt": "x", "chosen": [YES, YES], "rejected": [NO]}, {}, "chosen answer is not one message"),
+    "user answers": ({"prompt": "x", "chosen": [USER], "rejected": [NO]}, {}, "given: user"),
+    "answered prompt": ({"prompt": [USER, YES], "chosen": [YES], "rejected": [NO]}, {}, "prompt ends with the assist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(case: str, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    row, columns, message = BAD_ROWS[case]
+    first = {column: row.get(column, GOOD[column]) for column in GOOD} if case == "named prompt" else GOOD
+    rows = [row, row] if columns or case == "missing column" else [first, row]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=message) as error:
+        read_preferences(str(path), columns)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no row"),
+        (json.dumps(GOOD) + "\n[1]\n", "line 2 is not an object"),
+        (json.dumps(GOOD) + "\n\n{oops\n", "line 3 is not JSON"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_preferences(str(path), {})
