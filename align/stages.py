@@ -264,7 +264,7 @@ def _is_done(task: Task) -> bool:
 def _train(config: AlignConfig, prepared: Prepared, task: Task) -> None:
     """Train one stage and write its directory."""
     stage, device, tokenizer = task.stage, prepared.device, prepared.tokenizer
-
+    set_seed(task.seed)
     policy = models.load_policy(
         prepared.base,
         config.lora,

@@ -178,3 +178,20 @@ def psacpo() -> RunCommand:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory in which `make demo`'s own command ran, with its project in demo-run; about a minute, once."""
+    place = tmp_path_factory.mktemp("demo")
+    root = Path(__file__).parent.parent
+    planned = subprocess.run(["make", "-n", "demo"], cwd=root, capture_output=True, text=True, check=True).stdout
+    [line] = [line for line in planned.splitlines() if "/psacpo demo" in line]
+    arguments = line.split()[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "psacpo.cli", *arguments], cwd=place, capture_output=True, text=True, check=False
+    )
+    (place / "stdout.txt").write_text(done.stdout)
+    (place / "stderr.txt").write_text(done.stderr)
+    assert done.returncode == 0, done.stderr
+    return place
