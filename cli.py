@@ -262,11 +262,10 @@ def main() -> None:
     """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130."""
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            print("psacpo: interrupted; the same command goes on from here", file=sys.stderr)
     except InputError as error:
         code = _fail(str(error))
-    except KeyboardInterrupt:
-        print("psacpo: interrupted; the same command goes on from here", file=sys.stderr)
-        code = 130
     except BrokenPipeError:
         # The reader went away (`psacpo ... | head`); nothing is wrong with the result.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,15 +49,23 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, template: str | None) -> list[int]:
-    """Token ids of the rendered prompt, with exactly one BOS where the tokenizer has one and uses it."""
+    """Token ids of the rendered prompt, with the BOS that belongs there and no second one.
+
+    A chat template says itself whether its format begins with BOS, as transformers, TRL and vLLM have it. Before a raw
+    template BOS is put where the tokenizer would put it.
+
+    Raises:
+        InputError: The template writes BOS twice.
+    """
     text = render_prompt(tokenizer, prompt, template)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    # What the tokenizer itself would put in front; some have a BOS that they never use (Qwen2).
-    leading = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    if bos is not None and leading == [bos] and ids[:1] != [bos]:
+    if bos is None:
+        return ids
+    # Some tokenizers have a BOS that they never write (Qwen2), so it is asked what an empty text becomes.
+    if template is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]:
         ids = [bos, *ids]
-    if bos is not None and ids[:2] == [bos, bos]:
+    if ids[:2] == [bos, bos]:
         raise InputError("the template writes the BOS token twice", given=text[:60])
     return ids
 

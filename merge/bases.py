@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from psacpo.errors import InputError
 from psacpo.files import digest_model
+from psacpo.hub import is_path, model_directory
 from psacpo.merge.adapters import CONFIG as ADAPTER_CONFIG
 from psacpo.merge.adapters import Adapter
 from psacpo.merge.tensorfiles import Entry, read_header, read_json
@@ -21,8 +22,6 @@ from psacpo.merge.tensorfiles import Entry, read_header, read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Weights of the same model in other formats, and what a training run leaves behind: neither used nor copied.
-OTHER_WEIGHTS = frozenset((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"))
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,14 @@ def find_base(name: str | None, adapters: Mapping[str, Adapter], *, on_disk: boo
     local = Path(wanted).is_dir()
     if local:
         path: Path | None = Path(wanted)
-    elif _is_path(wanted):
+    elif is_path(wanted):
         raise InputError(
             f"no base model directory at {wanted}" + (", which the adapter names" if name is None else ""),
             allowed="--base with a model directory or hub id",
         )
     else:
         needed = on_disk or any(adapter.copies for adapter in adapters.values())
-        path = _fetch(wanted, first.revision) if needed else None
+        path = model_directory(wanted, revision=first.revision) if needed else None
     if path is not None:
         _require_model(path)
     _require_same_name_or_digest(wanted, adapters, local=local)
@@ -162,31 +161,6 @@ def read_model(path: Path) -> ModelDirectory:
         if tensor not in shards[shard][1]:
             raise InputError(f"{path / shard} lacks the tensor {tensor} that {INDEX} places there")
     return ModelDirectory(path, config, INDEX, shards)
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub id is `name` or `owner/name`."""
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_absolute()
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    """The directory of a hub model, out of the local cache when the machine is offline."""
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=constants.HF_HUB_OFFLINE,
-                ignore_patterns=[f"*{suffix}" for suffix in sorted(OTHER_WEIGHTS)] + ["original/*"],
-            )
-        )
-    except Exception as error:  # the hub's client raises errors of a dozen unrelated classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"no base model {name} here or on the hub: {reason}", allowed="a directory or hub id"
-        ) from error
 
 
 def _require_model(path: Path) -> None:

@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from psacpo.errors import InputError
 from psacpo.files import MANIFEST
+from psacpo.hub import OTHER_WEIGHTS
 from psacpo.merge.arithmetic import Factors, add_delta
-from psacpo.merge.bases import OTHER_WEIGHTS, ModelDirectory
+from psacpo.merge.bases import ModelDirectory
 from psacpo.merge.tensorfiles import FLOATING, Entry
 
 _BLOCK = 1 << 20
@@ -76,7 +77,7 @@ def side_files(model: ModelDirectory) -> list[str]:
         for file in model.path.iterdir()
         if file.is_file()
         and not file.name.startswith(".")
-        and file.suffix not in OTHER_WEIGHTS | {".safetensors"}
+        and file.suffix not in (*OTHER_WEIGHTS, ".safetensors")
         and not file.name.endswith((".safetensors.index.json", ".bin.index.json"))
         and file.name not in (MANIFEST, "README.md")
     ]

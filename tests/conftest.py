@@ -30,6 +30,7 @@ from transformers import (
 
 WORDS = "how do i bake break a loaf lock of bread bike the mix open heat then sorry cannot help with that first second"
 CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +147,7 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         "import psacpo.cli\n"
         "try: psacpo.cli.main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'scipy', 'pydantic', 'matplotlib', 'datasets'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'scipy', 'matplotlib', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -161,9 +160,9 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         (["merge", "--ratio", "abc"], ["ratio 'abc' is not a number", "0 to 1"]),
         (["merge", "--ratio", "1.5"], ["ratio 1.5 is out of range"]),
         (["merge", "--ratio", "0.3", "--as", "gguf"], ["gguf", "adapter"]),
-        (["merge", "--ratio", "0.3", "--reward", "nowhere"], ["no adapter directory at nowhere"]),
-        (["merge", "--ratio", "0.3", "--reward", "frontier.nope"], ["frontier.nope"]),
-        (["merge", "--ratio", "0.3", "--base", "."], ["not a model directory"]),
+        (["merge", "--ratio", "0.3", "--reward", "nowhere", "--out", "new"], ["no adapter directory at nowhere"]),
+        (["merge", "--ratio", "0.3", "--reward", "frontier.nope", "--out", "new"], ["frontier.nope"]),
+        (["merge", "--ratio", "0.3", "--base", ".", "--out", "new"], ["not a model directory"]),
         (["merge"], ["--ratio"]),
         (["merge", "--rato", "0.3"], ["--rato", "--ratio"]),
         (["frontier", "--constraint", "harm<=0.1"], ["harm", "unsafe_rate"]),

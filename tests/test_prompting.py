@@ -29,10 +29,11 @@ def test_raw_template(tiny_llama_raw: Path) -> None:
 
 def test_chat_template(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    assert render_prompt(tokenizer, "open", None) == "<|user|>open<|assistant|>"
+    assert render_prompt(tokenizer, "open", None) == "<s><|user|>open<|assistant|>"
     one = encode_prompt(tokenizer, "open", None)
     assert one == encode_prompt(tokenizer, [{"role": "user", "content": "open"}], None)
     assert one[0] == tokenizer.bos_token_id
+    assert one.count(tokenizer.bos_token_id) == 1
     answer = encode_completion(tokenizer, "open", "heat", None)
     assert tokenizer.decode(answer) == "heat</s>"
     assert answer == encode_completion(tokenizer, "open", [{"role": "assistant", "content": "heat"}], None)
@@ -41,6 +42,19 @@ def test_chat_template(tiny_llama: Path) -> None:
 def test_a_tokenizer_without_bos_gets_none(tiny_qwen2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
     assert tokenizer.decode(encode_prompt(tokenizer, "open", None)) == "<|user|>open<|assistant|>"
+
+
+def test_a_chat_template_without_bos_gets_none(tiny_llama: Path) -> None:
+    """As transformers' own apply_chat_template and a vLLM server's chat endpoint have it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    own = tokenizer.apply_chat_template([{"role": "user", "content": "open"}], add_generation_prompt=True)
+    ids = encode_prompt(tokenizer, "open", None)
+    assert ids == own["input_ids"]
+    assert tokenizer.bos_token_id not in ids
+    tokenizer.chat_template = "<s><s>" + tokenizer.chat_template
+    with pytest.raises(InputError, match="BOS token twice"):
+        encode_prompt(tokenizer, "open", None)
 
 
 def test_text_after_the_end_of_turn_is_not_trained_on(tiny_llama: Path) -> None:

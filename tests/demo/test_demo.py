@@ -17,6 +17,7 @@ from psacpo.pipeline import run
 from psacpo.recipe import Project
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.xdist_group("demo")
 
 
 @pytest.fixture(scope="module")
