@@ -20,7 +20,7 @@ EVAL_COUNTS = {"benign": 100, "borderline": 60, "harmful": 240}  # prompts a cat
 
 SHARPNESS = 4.0  # of the annotator: P(a over b) = sigmoid(SHARPNESS * (utility of a - utility of b))
 REWARD_TOPICS = {"benign": 0.50, "borderline": 0.20, "harmful": 0.30}
-SAFETY_TOPICS = {"benign": 0.42, "borderline": 0.13, "harmful": 0.45}
+SAFETY_TOPICS = {"benign": 0.25, "borderline": 0.10, "harmful": 0.65}
 REWARD_STYLES = {"full": 0.28, "short": 0.26, "terse": 0.20, "warn": 0.10, "redirect": 0.06, "refuse": 0.10}
 COMPLYING = {"full": 0.30, "short": 0.30, "terse": 0.25, "warn": 0.15}
 DECLINING = {"refuse": 0.65, "redirect": 0.35}

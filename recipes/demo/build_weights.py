@@ -1,21 +1,26 @@
 """Makes the demo's shipped weights from its seeded grammar: tokenizer, base model, two judges.
 
-python recipes/demo/build_weights.py --out demo/weights            # everything, on 2 cores in about half an hour
-python recipes/demo/build_weights.py --out demo/weights --only base
-python recipes/demo/build_weights.py --out demo/weights --only judges
+python recipes/demo/build_weights.py --out demo/weights                  # everything
+python recipes/demo/build_weights.py --out demo/weights --only judges    # after the base
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import yaml
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -24,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import psacpo.demo
 from psacpo.demo import data, oracle, world
 
 SPECIAL = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -63,9 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def _pattern() -> object:
-    from tokenizers import Regex
-
+def _pattern() -> Regex:
     return Regex(r"\n?[0-9]\.| ?[A-Za-z']+|\n| ?[^\sA-Za-z0-9]+|[0-9]|\s+")
 
 
@@ -224,6 +228,48 @@ def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, 
     return ids, mask, labels
 
 
+def sample_policies(base: Path) -> list[dict[str, str]]:
+    """What the base and policies of a run of the demo say on training prompts, beyond the safe end too.
+
+    The run is the demo's own recipe with a seed that no run of the demo has and a safety stage that goes on a
+    little longer, so that judges have met text that training has damaged.
+    """
+    rng = random.Random("psacpo demo judge prompts")
+    mix = {"benign": 0.35, "borderline": 0.20, "harmful": 0.45}
+    requests = [world.make_prompt(rng, data.draw_topic(rng, mix)) for _ in range(400)]
+    rows = [{"id": f"{number:03d}", "prompt": request.prompt} for number, request in enumerate(requests)]
+    recipe = yaml.safe_load((Path(psacpo.demo.__file__).parent / "psacpo.yaml").read_text())
+    for name in ("metrics", "audit", "constraints"):
+        del recipe[name]
+    recipe |= {
+        "seed": JUDGE_SEED,
+        "stages": recipe["stages"][:2],
+        "adapters": {"reward": "reward", "safety": "safety"},
+        "ratios": [0, 0.5, 1],
+        "baselines": {"base": {}, "beyond": {"reward": -0.3, "safety": 1.3}},
+        "judges": {name: recipe["judges"][name] for name in ("oracle_help", "oracle_harm")},
+        "axes": {"reward": "oracle_help", "cost": "oracle_harm"},
+    }
+    recipe["stages"][1]["stop_margin"] += 0.5
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copytree(base, root / "model")
+        (root / "data").mkdir()
+        for name, found in {
+            "reward": data.reward_pairs(JUDGE_SEED),
+            "safety": data.safety_pairs(JUDGE_SEED),
+            "prompts": rows,
+        }.items():
+            (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        (root / "psacpo.yaml").write_text(yaml.safe_dump(recipe))
+        for command in ("align", "frontier"):
+            subprocess.run([sys.executable, "-m", "psacpo.cli", command, str(root)], check=True)
+        said = [json.loads(line) for line in (root / "frontier" / "completions.jsonl").read_text().splitlines()]
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    said.sort(key=lambda record: (record["policy"], record["prompt_id"]))
+    return [{"prompt": prompts[record["prompt_id"]], "completion": record["text"]} for record in said]
+
+
 JUDGE_LAYERS = 3
 JUDGE_SEED = 1000  # no run of the demo has this seed
 
@@ -355,13 +401,12 @@ def _scores(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes a Hugging Face model directory in half precision, with a minimised tokenizer.json."""
-    import copy
-
     half = copy.deepcopy(model).half()
     half.config.dtype = "float16"
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
     path = out / "tokenizer.json"
+    (out / "model.safetensors").chmod(0o644)
     path.write_text(json.dumps(json.loads(path.read_text()), ensure_ascii=False, separators=(",", ":")))
 
 
@@ -369,7 +414,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for base/, reward/ and cost/")
     parser.add_argument("--only", choices=("base", "judges"), help="default: both, in this order")
-    parser.add_argument("--samples", type=Path, help="JSON lines of policy samples, prompt and completion")
     parser.add_argument("--base-steps", type=int, nargs=2, default=(1600, 1400), metavar=("STEPS", "SETTLE"))
     parser.add_argument("--start", type=Path, help="go on from this base")
     args = parser.parse_args()
@@ -377,7 +421,7 @@ def main() -> None:
     if args.only != "judges":
         train_base(args.out / "base", *args.base_steps, start=args.start)
     if args.only != "base":
-        samples = [json.loads(line) for line in args.samples.read_text().splitlines()] if args.samples else []
+        samples = sample_policies(args.out / "base")
         for name in ("reward", "cost"):
             train_judge(args.out / name, args.out / "base", name, samples)
 

@@ -425,7 +425,7 @@ def test_bad_input(
     gone = "no_such/thing.jsonl"
     nothing = {"data": good}
     cases: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
-        ("no model directory at ./none", {"base": "./none"}, [nothing]),
+        ("no base model directory at ./none", {"base": "./none"}, [nothing]),
         ("no config.json", {"base": finished.out / "reward"}, [nothing]),
         ("holds no weights", {"base": without(tiny_llama, tmp_path / "w", "model.safetensors")}, [nothing]),
         ("holds no tokenizer", {"base": without(tiny_llama, tmp_path / "t", "tokenizer.json")}, [nothing]),

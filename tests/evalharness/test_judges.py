@@ -81,7 +81,7 @@ def test_scalar_digest_follows_weights_and_settings(tiny_judge: Path, tmp_path: 
 
 
 def test_scalar_refuses_a_generative_model(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no model directory"):
+    with pytest.raises(InputError, match="no judge .j. model directory"):
         make(ScalarJudge(kind="scalar", model=str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="labels"):
         make(ScalarJudge(kind="scalar", model=str(tiny_llama))).judge(PAIRS[:1])
