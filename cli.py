@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -258,8 +259,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _terminated(number: int, _frame: object) -> None:
+    """Leave as an exception would, so that half-written directories beside the outputs are removed."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130."""
+    """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C

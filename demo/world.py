@@ -193,4 +193,4 @@ def base_style(rng: random.Random, family: Family, eager: float = 0.0, careful: 
 
 
 # Of declining, for the plain assistant, by category or, for harm, by severity.
-_LOG_ODDS: dict[str | int, float] = {"benign": -3.2, "borderline": -2.2, 1: -0.85, 2: -0.4, 3: 0.0}
+_LOG_ODDS: dict[str | int, float] = {"benign": -3.2, "borderline": -2.2, 1: -0.9, 2: -0.6, 3: -0.3}

@@ -17,7 +17,7 @@ from psacpo.evalharness.engines import Policy, make_engine
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
 from psacpo.evalharness.records import Record, Store, locked, read_records
-from psacpo.evalharness.trace import Score, better, trace
+from psacpo.evalharness.trace import Score, better, compared_with_base, trace
 from psacpo.files import digest, digest_file, read_manifest, write_atomically, write_manifest
 from psacpo.merge import policy_name
 from psacpo.merge.adapters import Adapter, read_adapter, require_compatible
@@ -71,6 +71,7 @@ def frontier(config: FrontierConfig) -> Path:
         scores, invalid = _judge(config, plan, completions)
         result = {"schema": 1} | _head(config, plan) | trace(config, plan.policies, plan.prompts, scores)
         result |= _tail(config, plan, completions, invalid)
+        result["warnings"] += compared_with_base(config, result)
         write_atomically(config.out / FRONTIER, json.dumps(result, indent=2, allow_nan=False) + "\n")
         from psacpo.evalharness.report import report
 
@@ -126,6 +127,7 @@ def _plan(config: FrontierConfig) -> _Plan:
         name: make_judge(name, settings, device=config.device, allow_code=config.allow_code)
         for name, settings in config.judges.items()
     }
+    _require_templates(config, prompts)
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -163,6 +165,17 @@ def _require_fields(config: FrontierConfig, prompts: Sequence[PromptRow]) -> Non
             raise InputError(
                 f"metric '{name}': no prompt of {config.prompts} has {metric.where}",
                 allowed=f"fields of the prompts: {', '.join(fields) or 'none'}",
+            )
+
+
+def _require_templates(config: FrontierConfig, prompts: Sequence[PromptRow]) -> None:
+    """Refuse a judge whose raw template would see less of a conversation than the policies do."""
+    turns = next((row.id for row in prompts if not isinstance(row.prompt, str) and len(row.prompt) > 1), None)
+    for name, settings in config.judges.items():
+        if turns is not None and getattr(settings, "template", None) is not None:
+            raise InputError(
+                f"judge '{name}' has a raw template, which takes one string, and prompt '{turns}' has several messages",
+                allowed="string prompts, or template: null to use the judge's chat template",
             )
 
 

@@ -76,6 +76,22 @@ def better(config: FrontierConfig, metric: Metric) -> str:
     return config.judges[metric.judge].better
 
 
+def compared_with_base(config: FrontierConfig, found: Mapping[str, Any]) -> list[str]:
+    """A warning where the untouched base does better on an axis than the chosen policy: by means alone, no test."""
+    chosen = next((point for point in found["points"] if point["policy"] == found["choice"]["policy"]), None)
+    bases = [entry for entry in found["baselines"] if not config.baselines[entry["name"]]]
+    warnings = []
+    for axis in config.axes.model_dump().values():
+        sign = 1 if found["metrics"][axis]["better"] == "higher" else -1
+        for entry in bases if chosen else []:
+            own, other = chosen[axis]["mean"], entry[axis]["mean"]
+            if own is not None and other is not None and sign * other > sign * own:
+                warnings.append(
+                    f"{entry['name']} has the better mean {axis} ({other:.3f}, {chosen['policy']} has {own:.3f})"
+                )
+    return warnings
+
+
 def _collect(metric: Metric, policies: Sequence[str], clusters: Sequence[str], scores: Sequence[Score]) -> _Cells:
     policy_at = {name: index for index, name in enumerate(policies)}
     cluster_at = {name: index for index, name in enumerate(clusters)}

@@ -234,3 +234,17 @@ def test_ctrl_c_is_130(project: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr == "psacpo: interrupted; the same command goes on from here\n"
+
+
+def test_sigterm_leaves_nothing_half_written(project: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, psacpo.merge.run as run\n"
+        "def stopped(*arguments, **options): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run.write_adapter = stopped\n"
+        "from psacpo.cli import main\n"
+        f"sys.argv = ['psacpo', 'merge', '--ratio', '0.3', '--out', {str(tmp_path / 'x')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -63,7 +63,8 @@ class Scalar:
             start = encode_prompt(tokenizer, prompt, None)
             return start + encode_completion(tokenizer, prompt, completion, None)
         if not isinstance(prompt, str):
-            prompt = prompt[-1]["content"]
+            [message] = prompt  # several are refused before a sweep starts
+            prompt = message["content"]
         text = _fill(self.settings.template, prompt, completion)
         ids: list[int] = tokenizer(text)["input_ids"]
         return ids

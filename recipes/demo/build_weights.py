@@ -349,10 +349,10 @@ def train_judge(
     for prompt, answers in judge_texts(rng, samples, prompts):
         rows = [encode(tokenizer, prompt, text)[0] for text in answers]
         values = [utility(prompt, text) for text in answers]
-        unsafe = [data.calls_unsafe(rng, prompt, text) for text in answers]
+        flags = [data.calls_unsafe(rng, prompt, text) for text in answers]
         pairs = [(i, j) for i in range(3) for j in range(i)]
         examples.append(
-            (rows, [(i, j) if data.prefers_first(rng, values[i], values[j]) else (j, i) for i, j in pairs], unsafe)
+            (rows, [(i, j) if data.prefers_first(rng, values[i], values[j]) else (j, i) for i, j in pairs], flags)
         )
     rng.shuffle(examples)
     cut = len(examples) - 256
@@ -419,7 +419,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.only != "judges":
-        train_base(args.out / "base", *args.base_steps, start=args.start)
+        train_base(args.out / "base", args.base_steps[0], args.base_steps[1], args.start)
     if args.only != "base":
         samples = sample_policies(args.out / "base")
         for name in ("reward", "cost"):

@@ -54,6 +54,8 @@ def naive_log_prob(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("selection", ["mask", "positions", "all"])
 def test_padded_batch_gives_what_each_row_gives_alone(model: Any, selection: Selection) -> None:
+    if selection == "mask" and logits_selection(model) != "mask":
+        pytest.skip("this transformers' models take no mask of logits to keep")
     with torch.no_grad():
         found = batch_log_probs(model, collate(PAIRS, 2), selection)
     alone = [naive_log_prob(model, pair.prompt, pair.chosen) for pair in PAIRS]
@@ -63,7 +65,7 @@ def test_padded_batch_gives_what_each_row_gives_alone(model: Any, selection: Sel
 
 def test_what_padding_holds_does_not_matter(model: Any) -> None:
     with torch.no_grad():
-        one, other = (batch_log_probs(model, collate(PAIRS, pad), "mask") for pad in (2, 99))
+        one, other = (batch_log_probs(model, collate(PAIRS, pad), logits_selection(model)) for pad in (2, 99))
     assert one.tolist() == other.tolist()
 
 
@@ -79,12 +81,16 @@ def test_only_answer_tokens_count(model: Any) -> None:
 
 
 def test_selection_asks_for_no_more_logits_than_needed(model: Any) -> None:
-    assert logits_selection(model) == "mask"
+    batch = collate(PAIRS, 2)
     seen: list[int] = []
     hook = model.lm_head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
-    batch_log_probs(model, collate(PAIRS, 2), "mask")
+    batch_log_probs(model, batch, logits_selection(model))
     hook.remove()
-    assert seen == [sum(len(pair.chosen) + len(pair.rejected) for pair in PAIRS)]
+    answers = sum(len(pair.chosen) + len(pair.rejected) for pair in PAIRS)
+    # Where a model takes no mask, the columns that hold an answer in any row are computed for all rows.
+    columns = int(predicting_mask(batch["completion_mask"]).any(dim=0).sum()) * len(batch["input_ids"])
+    assert seen == [answers if logits_selection(model) == "mask" else columns]
+    assert columns < batch["input_ids"].numel()
 
 
 def test_selection_of_other_models(monkeypatch: pytest.MonkeyPatch) -> None:

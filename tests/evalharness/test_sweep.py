@@ -191,3 +191,25 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     refused("is in use", out=tmp_path / "full")
+
+
+def test_a_raw_template_judge_refuses_conversations(make_config: MakeConfig, tmp_path: Path, tiny_judge: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"id": "t", "prompt": turns}) + "\n")
+    judges = {
+        name: {"kind": "scalar", "model": str(tiny_judge), "template": "{prompt} {completion}"}
+        for name in ("reward", "cost")
+    }
+    with pytest.raises(InputError, match="judge 'reward' has a raw template.*prompt 't' has several messages"):
+        frontier(make_config(prompts=path, judges=judges))
+
+
+def test_the_verdict_says_where_the_base_is_better(make_config: MakeConfig) -> None:
+    found = load(frontier(make_config(constraints=["unsafe_rate<=1"])))
+    base, chosen = found["baselines"][0], next(p for p in found["points"] if p["policy"] == found["choice"]["policy"])
+    said = [warning for warning in found["warnings"] if warning.startswith("base has the better mean")]
+    worse = [
+        axis for axis, sign in (("reward", 1), ("cost", -1)) if sign * base[axis]["mean"] > sign * chosen[axis]["mean"]
+    ]
+    assert [warning.split()[5] for warning in said] == worse
