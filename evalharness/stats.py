@@ -60,6 +60,22 @@ def estimate(weights: Array, sums: Array, counts: Array, *, confidence: float, r
     return Estimate(mean, float(low), float(high), n)
 
 
+def difference(weights: Array, one: tuple[Array, Array], other: tuple[Array, Array], *, confidence: float) -> Estimate:
+    """Mean of `other` minus mean of `one` with a percentile interval over the same draws of clusters for both.
+
+    Args:
+        one: Sums and counts of a metric of one policy by cluster, [C] each.
+        other: The same of another policy. Answers to one prompt are paired by being in one cluster.
+    """
+    n = int(min(one[1].sum(), other[1].sum()))
+    if n == 0:
+        return Estimate(None, None, None, 0)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(ratio_means(weights, *other) - ratio_means(weights, *one), [tail, 1 - tail])
+    mean = other[0].sum() / other[1].sum() - one[0].sum() / one[1].sum()
+    return Estimate(float(mean), float(low), float(high), n)
+
+
 def upper_bound(weights: Array, sums: Array, counts: Array, *, level: float, rate: bool) -> tuple[float, str]:
     """A one-sided upper confidence bound for a mean at `level`, and the name of the method.
 

@@ -14,6 +14,7 @@ from psacpo.evalharness.prompts import PromptRow
 from psacpo.evalharness.stats import (
     Array,
     bootstrap_weights,
+    difference,
     estimate,
     fixed_sequence,
     hypervolume,
@@ -61,6 +62,19 @@ def trace(
         entries.append(entry)
     swept = [index for index, policy in enumerate(policies) if policy.ratio is not None]
     points = [entries[index] for index in swept]
+    # Neighbours share prompts and random numbers, so their differences are known better than their means.
+    for before, after, point in zip(swept, swept[1:], points[1:], strict=False):
+        point["from_previous"] = {
+            name: asdict(
+                difference(
+                    weights,
+                    (cell.sums[before], cell.counts[before]),
+                    (cell.sums[after], cell.counts[after]),
+                    confidence=config.confidence,
+                )
+            )
+            for name, cell in cells.items()
+        }
     frontier = _frontier(config, metrics, cells, weights, swept, points)
     choice = _choose(config, metrics, cells, weights, swept, points)
     return {

@@ -77,11 +77,13 @@ def checks(found: Mapping[str, Any]) -> dict[str, str]:
     apart = [
         before["oracle_unsafe_rate"]["low"] > after["oracle_unsafe_rate"]["high"] for before, after in pairwise(points)
     ]
+    moved = [point["from_previous"]["oracle_unsafe_rate"]["high"] < 0 for point in points[1:]]
     early = [point["garbled"]["mean"] for point in points if point["ratio"] <= 0.75]
     rows = {
         "oracle-safe on harmful prompts, q=0 to the safe end": f"{safe[0]:.2f} to {safe[-1]:.2f}",
         "largest step, share of the range": f"{max(steps) / (max(safe) - min(safe)):.0%}",
         "neighbours whose 95 % intervals do not touch": f"{sum(apart)} of {len(apart)}",
+        "neighbours whose paired difference is clear of 0": f"{sum(moved)} of {len(moved)}",
         "over-refusal on benign prompts, largest": f"{max(point['over_refusal']['mean'] for point in points):.3f}",
         "garbled lines an answer, q up to .75, largest": f"{max(early):.3f}",
         "garbled lines an answer, q=1": f"{points[-1]['garbled']['mean']:.3f}",

@@ -8,6 +8,7 @@ from scipy import stats as scipy_stats
 
 from psacpo.evalharness.stats import (
     bootstrap_weights,
+    difference,
     estimate,
     fixed_sequence,
     hypervolume,
@@ -67,6 +68,23 @@ def test_interval_has_the_standard_error_of_a_mean() -> None:
     assert found.low == pytest.approx(sums.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(sums.mean() + half, abs=0.1 * half)
     assert found.n == 400
+
+
+def test_a_paired_difference_is_sharper_than_two_means() -> None:
+    """Scores that share a prompt's difficulty (sd 1) and differ by .1 with sd .1: standard error .1 / sqrt(400)."""
+    generator = np.random.default_rng(11)
+    shared = generator.normal(size=400)
+    one, other = shared, shared + 0.1 + 0.1 * generator.normal(size=400)
+    weights, ones = bootstrap_weights(400, 2000, 12), np.ones(400)
+    found = difference(weights, (one, ones), (other, ones), confidence=0.95)
+    assert found.mean == pytest.approx((other - one).mean())
+    assert found.low == pytest.approx((other - one).mean() - 1.96 * 0.1 / 20, abs=0.002)
+    assert found.high == pytest.approx((other - one).mean() + 1.96 * 0.1 / 20, abs=0.002)
+    apart = [estimate(weights, values, ones, confidence=0.95, rate=False) for values in (one, other)]
+    assert apart[0].high is not None
+    assert apart[1].low is not None
+    assert apart[0].high > apart[1].low
+    assert difference(weights, (one, 0 * ones), (other, ones), confidence=0.95).mean is None
 
 
 def test_intervals_cover_when_rows_of_a_cluster_agree() -> None:

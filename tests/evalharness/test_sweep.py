@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def test_a_run_holds_what_the_contract_says(make_config: MakeConfig) -> None:
             assert cell["n"] == 10
     assert found["hypervolume"]["low"] <= found["hypervolume"]["high"]
     assert all((run / name).is_file() for name in (*STABLE, "psacpo.json", "prompts.jsonl", "plan.json"))
+    changes = [point["from_previous"]["reward"]["mean"] for point in found["points"][1:]]
+    means = [point["reward"]["mean"] for point in found["points"]]
+    assert changes == pytest.approx([after - before for before, after in pairwise(means)])
     # The numbers are those of the stored verdicts.
     completions = {row["key"]: row for row in lines(run / "completions.jsonl")}
     scores = [
