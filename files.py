@@ -94,10 +94,26 @@ def require_unused(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output directory that exists and holds something, unless `overwrite` was said."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"output {path} exists and is not a directory")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise InputError(
             f"output directory {path} is in use (it is not empty)", allowed="a new or empty directory, or --overwrite"
         )
+    if not (path / MANIFEST).is_file():
+        raise InputError(
+            f"output directory {path} is in use, and not by psacpo (it holds no {MANIFEST}): nothing is overwritten",
+            allowed="a new or empty directory, or one that psacpo wrote",
+        )
+
+
+def require_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that lies in one of the inputs, or holds one: writing it would change what was read."""
+    target = out.resolve()
+    for given in inputs:
+        place = given.resolve()
+        if target == place or place in target.parents:
+            raise InputError(f"output {out} lies in the input {given}", allowed="a directory outside it")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from psacpo.errors import InputError
 
@@ -36,6 +37,46 @@ def model_directory(name: str | Path, *, what: str = "base", revision: str | Non
     return _fetch(str(name), what, revision)
 
 
+def load_tokenizer(path: Path, *, what: str = "base") -> Any:
+    """The tokenizer in a model directory; whatever is wrong with it is one line."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the library raises what its parsers raise
+        raise InputError(f"cannot load the tokenizer of {what} {path}: {_first_line(error)}") from error
+
+
+def load_model(loader: Any, path: Path, *, what: str = "base", **options: Any) -> Any:
+    """A model from safetensors by one of transformers' Auto classes, refused unless every weight of it is there.
+
+    A missing weight would be drawn at random, and its numbers would look like any others.
+    """
+    try:
+        model, found = loader.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as error:
+        raise InputError(f"cannot load {what} {path}: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        kind = loader.__name__.removeprefix("AutoModelFor")
+        raise InputError(f"{what} {path} is no {kind} model: it lacks the weight {missing[0]}")
+    return model
+
+
+def load_config(path: Path, *, what: str = "base") -> Any:
+    """config.json of a model directory as transformers reads it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise InputError(f"cannot read config.json of {what} {path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _fetch(name: str, what: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 
@@ -49,7 +90,7 @@ def _fetch(name: str, what: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # the hub's client raises errors of a dozen unrelated classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"no {what} model {name} here or on the hub: {reason}", allowed="a model directory or a hub id"
+            f"no {what} model {name}: there is no directory {name}, and the hub says: {_first_line(error)}",
+            allowed="a model directory or a hub id",
         ) from error

@@ -49,11 +49,13 @@ def run(project: Project, clock: Clock | None = None) -> Path:
         The frontier's run directory. The policy is in `policies/policy@RATIO` beside it.
     """
     from psacpo.evalharness import frontier
+    from psacpo.evalharness.sweep import check
     from psacpo.merge import merge
 
     clock = clock or Clock()
     # Everything that can be refused is refused before the first stage trains.
     align_config, frontier_config = project.align(), project.frontier()
+    check(frontier_config)
     with clock("align"):
         align(project, align_config)
     with clock("frontier"):
@@ -76,6 +78,8 @@ def demo(out: Path, seed: int) -> Path:
     clock = Clock()
     manifest = read_manifest(out)
     if manifest is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} is in use, and not by the demo", allowed="another --out")
         with clock("write"):
             write_project(out, seed)
     elif manifest.get("kind") != "demo" or manifest.get("seeds") != {"seed": seed}:

@@ -73,11 +73,15 @@ def _from_json(path: Path, text: str) -> list[Row]:
 def _parse(text: str, where: str) -> object:
     try:
         return cast(object, json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from error
 
 
 def _object(value: object, where: str) -> Row:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half a surrogate pair, which is no text") from error
     if not isinstance(value, dict):
         raise InputError(f"{where} is not an object", given=type(value).__name__, allowed='{"prompt": …}')
     return value

@@ -13,6 +13,10 @@ from psacpo.config import Strict
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+# What else lies in a project directory, and the word for no adapter at all.
+_TAKEN = ("base", "frontier", "policies", "logs", "psacpo.yaml", "psacpo.json")
+
+
 class Lora(Strict):
     """The adapter that each stage trains, in PEFT's words."""
 
@@ -60,8 +64,10 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _plain_name(self) -> Stage:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name == "base":
-            raise ValueError(f"stage name '{self.name}' is not a plain directory name, or is 'base'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name in _TAKEN:
+            raise ValueError(
+                f"stage name '{self.name}' is not a plain directory name, or is taken: {', '.join(_TAKEN)}"
+            )
         return self
 
 
@@ -80,7 +86,7 @@ class AlignConfig(Strict):
     device: str = "auto"
     gradient_checkpointing: bool = False
     report_to: str = "none"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     overwrite: bool = False
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ from psacpo.files import (
     digest_model,
     read_manifest,
     readable_io_errors,
+    require_apart,
     require_free_space,
     require_unused,
     write_manifest,
@@ -217,6 +218,7 @@ def _settings(config: AlignConfig, stage: Stage) -> dict[str, Any]:
 
 def _check_outputs(config: AlignConfig, tasks: list[Task], adapter_bytes: int) -> None:
     """Refuse what would stop a stage later: a directory in the way, no right or no space to write."""
+    require_apart(config.out, [Path(config.base)] if Path(config.base).is_dir() else [])
     todo = [task for task in tasks if (read_manifest(task.out) or {}).get("key") != task.key]
     for task in todo:
         _require_free(task, config)

@@ -16,7 +16,7 @@ Row = dict[str, str | bool]
 
 REWARD_PAIRS = 2560
 SAFETY_PAIRS = 3200
-EVAL_COUNTS = {"benign": 100, "borderline": 60, "harmful": 280}  # prompts a category
+EVAL_COUNTS = {"benign": 100, "borderline": 60, "harmful": 240}  # prompts a category
 
 SHARPNESS = 4.0  # of the annotator: P(a over b) = sigmoid(SHARPNESS * (utility of a - utility of b))
 REWARD_TOPICS = {"benign": 0.50, "borderline": 0.20, "harmful": 0.30}

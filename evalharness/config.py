@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from psacpo.config import Strict
+from psacpo.merge.config import policy_name
 
 Better = Literal["higher", "lower"]
 
@@ -39,8 +40,8 @@ class ScalarJudge(Strict):
     @field_validator("template")
     @classmethod
     def _both_parts(cls, template: str | None) -> str | None:
-        if template is not None and not ("{prompt}" in template and "{completion}" in template):
-            raise ValueError("a judge's template holds both {prompt} and {completion}")
+        if template is not None and not (template.count("{prompt}") == template.count("{completion}") == 1):
+            raise ValueError("a judge's template holds {prompt} and {completion}, once each")
         return template
 
 
@@ -130,18 +131,18 @@ class FrontierConfig(Strict):
     baselines: dict[str, dict[str, float]] = Field(default={"base": {}})
     template: str | None = None
     generation: Generation = Generation()
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=10_000)
     metrics: dict[str, Metric] = Field(default_factory=dict)
     axes: Axes = Axes()
     audit: Axes | None = None
     constraints: list[Constraint] = Field(default_factory=list)
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    resamples: int = Field(2000, ge=100)
+    resamples: int = Field(2000, ge=100, le=1_000_000)
     max_invalid: float = Field(0.02, ge=0, le=1)
     engine: Literal["auto", "transformers"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0)
     allow_code: bool = False
 
     @model_validator(mode="after")
@@ -154,7 +155,15 @@ class FrontierConfig(Strict):
                 raise ValueError(f"ratio {ratio} is out of range; allowed: a number from 0 to 1")
         if sorted(set(self.ratios)) != sorted(self.ratios):
             raise ValueError(f"two ratios are the same: {self.ratios}")
+        for kind, named in (("judge", self.judges), ("metric", self.metrics), ("baseline", self.baselines)):
+            for name in named:
+                if not re.fullmatch(r"[\w.@+-]{1,64}", name):
+                    raise ValueError(f"{kind} name {name!r} is not letters, digits and _ . @ + - (at most 64)")
         for name, weights in self.baselines.items():
+            if name in map(policy_name, self.ratios):
+                raise ValueError(f"baseline '{name}' has the name of a swept policy")
+            if max(map(abs, weights.values()), default=0) > 100:
+                raise ValueError(f"baseline '{name}' has a weight over 100: {weights}")
             _known(f"baseline '{name}' weighs adapter", weights, self.adapters)
         _known("metrics: judge", [metric.judge for metric in self.metrics.values()], self.judges)
         if clash := set(self.metrics) & set(self.judges):

@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
             raise InputError(
                 f"{path} row {number}: prompt is empty or no prompt",
                 given=repr(prompt)[:60],
-                allowed='text, or messages [{"role": "user", "content": "..."}]',
+                allowed='text, or messages [{"role": "user", "content": "..."}] that do not end with the assistant',
             )
         name = str(row.get("id", number))
         if name in seen:
@@ -57,7 +57,9 @@ def _is_prompt(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
+        and all(m.get("role") in ("system", "user", "assistant", "tool") for m in value)
+        and value[-1]["role"] != "assistant"
     )
 
 

@@ -24,12 +24,16 @@ class Store:
     A batch of records is one write and one fsync. A kill in the middle of a write leaves a last line without its
     line feed: it is cut off when the store is opened again, and its work is done again.
 
+    Args:
+        check: Whether a record that was read is one; a file with any other is refused.
+
     Attributes:
         records: Key -> record, everything that the file holds, whole lines only.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Record], bool] = lambda record: True) -> None:
         self.path = path
+        self.check = check
         self.records: dict[str, Record] = {}
 
     def __enter__(self) -> Self:
@@ -43,9 +47,12 @@ class Store:
             whole += len(line)
             try:
                 record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path} line {number} is damaged: {error}") from error
+                whole_record = isinstance(record["key"], str) and self.check(record)
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
+                raise self._damaged(number, str(error)) from error
+            if not whole_record:
+                raise self._damaged(number, "a field is missing or of the wrong kind")
+            self.records[record["key"]] = record
         self._file.truncate(whole)
         return self
 
@@ -53,6 +60,11 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _damaged(self, number: int, why: str) -> InputError:
+        return InputError(
+            f"{self.path} line {number} is damaged: {why}", allowed="remove the line, its work is done again"
+        )
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records whose keys are new, durably, in one write."""

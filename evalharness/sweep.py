@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from psacpo.console import progress, say
 from psacpo.errors import InputError
-from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.config import FrontierConfig, ScalarJudge
 from psacpo.evalharness.engines import Policy, make_engine
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
 from psacpo.evalharness.records import Record, Store, locked, read_records
 from psacpo.evalharness.trace import Score, better, compared_with_base, trace
-from psacpo.files import digest, digest_file, read_manifest, write_atomically, write_manifest
+from psacpo.files import digest, digest_file, read_manifest, require_apart, write_atomically, write_manifest
+from psacpo.hub import load_config, load_tokenizer
 from psacpo.merge import policy_name
 from psacpo.merge.adapters import Adapter, read_adapter, require_compatible
 from psacpo.merge.bases import find_base
@@ -63,7 +64,6 @@ def frontier(config: FrontierConfig) -> Path:
         InputError: Something in the settings or the files they name is wrong; nothing expensive was started. Or the
             share of invalid verdicts is over `max_invalid`; everything is kept.
     """
-    _require_run_directory(config.out)
     plan = _plan(config)
     with locked(config.out):
         _write_inputs(config, plan)
@@ -76,13 +76,12 @@ def frontier(config: FrontierConfig) -> Path:
         from psacpo.evalharness.report import report
 
         report(config.out)
-    _refuse_invalid(config, invalid, len(completions))
+    _refuse_invalid(config, plan, invalid, len(completions))
     return config.out
 
 
 def plan_summary(config: FrontierConfig) -> dict[str, Any]:
     """What `frontier` would do, after every check it makes before the expensive part."""
-    _require_run_directory(config.out)
     plan = _plan(config)
     keys = {job.request.key for job in plan.jobs}
     path = config.out / COMPLETIONS
@@ -113,14 +112,18 @@ def _require_run_directory(run: Path) -> None:
             )
 
 
-def _plan(config: FrontierConfig) -> _Plan:
-    """Read and check all inputs; load no model weights."""
-    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
-    require_compatible(adapters)
-    found = find_base(config.base, adapters, on_disk=True)
-    assert found.path is not None
-    assert found.digest is not None
-    base, base_digest = found.path, found.digest
+def check(config: FrontierConfig) -> tuple[list[PromptRow], dict[str, Judge]]:
+    """What can be checked before there are adapters: output directory, prompts, judges, device."""
+    _require_run_directory(config.out)
+    models = [Path(settings.model) for settings in config.judges.values() if isinstance(settings, ScalarJudge)]
+    require_apart(
+        config.out, [path for path in (Path(config.base), *models, *config.adapters.values()) if path.is_dir()]
+    )
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("device cuda: there is no CUDA device", allowed="auto, cpu")
     prompts = read_prompts(config.prompts)
     _require_fields(config, prompts)
     judges = {
@@ -128,9 +131,19 @@ def _plan(config: FrontierConfig) -> _Plan:
         for name, settings in config.judges.items()
     }
     _require_templates(config, prompts)
-    from transformers import AutoConfig, AutoTokenizer
+    return prompts, judges
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+
+def _plan(config: FrontierConfig) -> _Plan:
+    """Read and check all inputs; load no model weights."""
+    prompts, judges = check(config)
+    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+    require_compatible(adapters)
+    found = find_base(config.base, adapters, on_disk=True)
+    assert found.path is not None
+    assert found.digest is not None
+    base, base_digest = found.path, found.digest
+    tokenizer = load_tokenizer(base)
     if config.template is None:
         require_chat_template(tokenizer)
     policies = [
@@ -144,7 +157,7 @@ def _plan(config: FrontierConfig) -> _Plan:
         template=config.template,
         samples=config.samples,
         seed=config.seed,
-        max_length=getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None),
+        max_length=getattr(load_config(base), "max_position_embeddings", None),
         max_new_tokens=config.generation.max_new_tokens,
         identity={
             "base": base_digest,
@@ -221,7 +234,7 @@ def _generate(config: FrontierConfig, plan: _Plan) -> list[tuple[Job, Record]]:
                 "seed": job.request.seed,
             }
 
-    with Store(config.out / COMPLETIONS) as store, progress("generate", len(plan.jobs)) as advance:
+    with Store(config.out / COMPLETIONS, _is_completion) as store, progress("generate", len(plan.jobs)) as advance:
         before = sum(job.request.key in store.records for job in plan.jobs)
         for done in store.fill(_chunks(plan.jobs, config.generation.batch_size), lambda job: job.request.key, work):
             advance(done)
@@ -236,7 +249,7 @@ def _judge(
     """All valid scores, and how many verdicts of each judge are invalid."""
     scores: list[Score] = []
     invalid: dict[str, int] = {}
-    with Store(config.out / VERDICTS) as store:
+    with Store(config.out / VERDICTS, _is_verdict) as store:
         for name, judge in plan.judges.items():
             started = time.perf_counter()
             groups = _same_text(completions)
@@ -280,6 +293,17 @@ def _judge(
             ]
             _say_done(f"judged by {name}:", len(completions), before, time.perf_counter() - started)
     return scores, invalid
+
+
+def _is_completion(record: Record) -> bool:
+    return isinstance(record.get("text"), str) and record.get("finish_reason") in ("stop", "length")
+
+
+def _is_verdict(record: Record) -> bool:
+    score, valid = record.get("score"), record.get("valid")
+    if valid is False:
+        return score is None
+    return valid is True and isinstance(score, float | int) and abs(score) < 1e30
 
 
 def _same_text(completions: Sequence[tuple[Job, Record]]) -> list[list[tuple[Job, Record]]]:
@@ -341,11 +365,15 @@ def _tail(
     }
 
 
-def _refuse_invalid(config: FrontierConfig, invalid: dict[str, int], answers: int) -> None:
+def _refuse_invalid(config: FrontierConfig, plan: _Plan, invalid: dict[str, int], answers: int) -> None:
     for name, count in invalid.items():
         if count > config.max_invalid * answers:
+            records = read_records(config.out / VERDICTS)
+            mine = (r for r in records if r["judge_digest"] == plan.judges[name].digest and not r["valid"])
+            why = next((record["raw"] for record in mine), None)
             raise InputError(
-                f"judge '{name}' gave {count} invalid verdicts on {answers} answers; all is kept in {config.out}",
+                f"judge '{name}' gave {count} invalid verdicts on {answers} answers (the first: {why}); "
+                f"all is kept in {config.out}",
                 allowed=f"at most max_invalid {config.max_invalid:.0%}",
             )
 

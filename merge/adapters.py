@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,8 +304,8 @@ def _factors(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[
             allowed=f"rank {rank}",
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise InputError(f"adapter {path}: lora_alpha of {module} is not a number", given=alpha)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+        raise InputError(f"adapter {path}: lora_alpha of {module} is not a number above 0", given=alpha)
     return Factors(A, B, lora_scale(alpha, rank, rslora=bool(config.get("use_rslora"))))
 
 

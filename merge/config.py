@@ -49,7 +49,7 @@ def policy_name(ratio: float) -> str:
 
 
 def parse_ratios(texts: list[str]) -> list[float]:
-    """Ratios from text: numbers (`0.3`), and grids START:STOP:STEP that hold both ends (`0:1:0.125`).
+    """Ratios from text: numbers (`0.3`), and grids START:STOP:STEP from START up to STOP at most (`0:1:0.125`).
 
     Raises:
         InputError: A text is neither, or a ratio is not from 0 to 1.
@@ -61,7 +61,9 @@ def parse_ratios(texts: list[str]) -> list[float]:
             ratios += parts
         elif len(parts) == 3 and parts[2] > 0 and parts[1] >= parts[0]:
             start, stop, step = parts
-            count = round((stop - start) / step)
+            count = round(min((stop - start) / step, 1e9))
+            if count > 1000:
+                raise InputError(f"ratio grid '{text}' has {count + 1} ratios", allowed="at most 1001")
             # Rounded to what was typed: 3 * 0.1 is not 0.3, and a policy's name shows it.
             ratios += [
                 round(start + index * step, 10) for index in range(count + 1) if start + index * step <= stop + 1e-9

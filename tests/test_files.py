@@ -40,9 +40,14 @@ def test_what_is_there_is_kept_unless_overwritten(tmp_path: Path) -> None:
     (out / "old").touch()
     with pytest.raises(InputError, match="in use"), files.atomic_directory(out):
         pass
+    files.write_manifest(out, kind="k", config={}, inputs={}, seeds={})
     with pytest.raises(ZeroDivisionError), files.atomic_directory(out, overwrite=True):
         _ = 1 / 0
+    (out / files.MANIFEST).unlink()
     assert names(out) == ["old"]
+    with pytest.raises(InputError, match="not by psacpo"), files.atomic_directory(out, overwrite=True):
+        pass
+    files.write_manifest(out, kind="k", config={}, inputs={}, seeds={})
     with files.atomic_directory(out, overwrite=True) as partial:
         (partial / "new").touch()
     assert names(out) == ["new"]
@@ -70,6 +75,15 @@ def test_a_file_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         files.write_atomically(path, "two")
     assert path.read_text() == "one"
     assert names(tmp_path) == ["f"]
+
+
+def test_outputs_and_inputs_lie_apart(tmp_path: Path) -> None:
+    model = tmp_path / "project" / "model"
+    model.mkdir(parents=True)
+    for out in (model, model / "reward", tmp_path / "project" / "x" / ".." / "model"):
+        with pytest.raises(InputError, match="lies in the input"):
+            files.require_apart(out, [model])
+    files.require_apart(tmp_path / "project", [model])
 
 
 def test_digests_follow_content_and_names_only(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_flags_win(tmp_path: Path) -> None:
         ),
         ({"ratios": [0.5, 1.5]}, "ratio 1.5 is out of range"),
         ({"ratios": [0.5, 0.5]}, "two ratios are the same"),
-        ({"ratios": [float("nan")]}, "ratio nan is out of range"),
+        ({"ratios": [float("nan")]}, "ratios.0: .*finite number; given: nan"),
         (
             {"baselines": {"x": {"nave": 1.0}}},
             "baseline 'x' weighs adapter 'nave' which is unknown; allowed: reward, safety",
@@ -98,6 +98,13 @@ def test_flags_win(tmp_path: Path) -> None:
         ({"stages": [{"name": "a", "data": "x"}, {"name": "a", "data": "x"}]}, "two stages are called 'a'"),
         ({"stages": [{"name": "a", "data": "x", "start": "b"}]}, "starts at 'b'; allowed: base"),
         ({"stages": [{"name": "../a", "data": "x"}]}, "not a plain directory name"),
+        ({"lambda": float("inf")}, "lambda: .*finite"),
+        ({"metrics": {"m": {"judge": "cost", "above": float("nan")}}}, "metrics.m.above: .*finite"),
+        ({"baselines": {"policy@0.50": {}}}, "has the name of a swept policy"),
+        ({"baselines": {"b": {"reward": 1e30}}}, "has a weight over 100"),
+        ({"baselines": {"two\nlines": {}}}, "baseline name .* is not letters"),
+        ({"device": "tpu"}, "device: .*'cuda'"),
+        ({"stages": [{"name": "frontier", "data": "x"}]}, "or is taken"),
         ({"template": "no field"}, r"template holds no \{prompt\}"),
         ({"metrics": {"m": {"judge": "rewad"}}}, "metrics: judge 'rewad' which is unknown"),
         ({"prompts": None}, "'prompts' is missing"),
@@ -118,6 +125,15 @@ def test_what_is_wrong_is_one_line_with_the_way_out(tmp_path: Path, changes: dic
 def test_no_yaml(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "psacpo.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
+        Project.find(tmp_path)
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    (tmp_path / "psacpo.yaml").write_text("base: a\nstages: []\nbase: b\n")
+    with pytest.raises(InputError, match="line 3 is not YAML: the key 'base' is there twice"):
+        Project.find(tmp_path)
+    (tmp_path / "psacpo.yaml").write_text("a: &x {r: 4}\nb: {<<: *x}\n" + "c: " + "[" * 3000)
+    with pytest.raises(InputError):
         Project.find(tmp_path)
 
 
@@ -150,7 +166,21 @@ def test_ratios_from_text() -> None:
     assert parse_ratios(["0:1:0.25"]) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert parse_ratios(["0:1:0.1"]) == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert parse_ratios(["0:1:0.4", "1"]) == [0.0, 0.4, 0.8, 1.0]
-    for text in ("abc", "", "1.5", "-0.1", "nan", "inf", "0:1", "0:1:0", "1:0:0.1", "0:2:0.5", "0:1:x", "0.3,0.4"):
+    for text in (
+        "abc",
+        "",
+        "1.5",
+        "-0.1",
+        "nan",
+        "inf",
+        "0:1",
+        "0:1:0",
+        "1:0:0.1",
+        "0:2:0.5",
+        "0:1:x",
+        "0.3,0.4",
+        "0:1:0.0000001",
+    ):
         with pytest.raises(InputError, match="ratio"):
             parse_ratios([text])
 

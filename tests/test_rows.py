@@ -57,6 +57,8 @@ def test_saved_datasets(tmp_path: Path) -> None:
         ("x.jsonl.gz", b"no gzip", "cannot read"),
         ("x.jsonl", b'{"a": "\xff"}', "cannot read"),
         ("x.parquet", b"no parquet", "cannot read"),
+        ("x.jsonl", b'{"a": "\\ud800"}', "line 1 holds half a surrogate pair"),
+        ("x.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
         ("x.txt", b"a", "cannot tell the format .* given: .txt; allowed: .jsonl"),
     ],
 )

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation
 from psacpo.evalharness.engines.base import Completion, Request
 from psacpo.evalharness.engines.mixture import AdapterMixture
 from psacpo.evalharness.engines.sampling import next_tokens, uniforms
+from psacpo.hub import load_model, load_tokenizer
 from psacpo.merge.adapters import Adapter
 from psacpo.prompting import end_of_turn_ids
 
@@ -53,8 +55,9 @@ class TransformersEngine:
         """Load the base once and attach the adapters."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        path = Path(base)
+        tokenizer = load_tokenizer(path)
+        model = load_model(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
         model = model.to(device).eval()
         return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
 
@@ -88,8 +91,10 @@ class TransformersEngine:
                     use_cache=True,
                     logits_to_keep=1,
                 )
+                logits = output.logits[:, -1]
+                self._require_finite(logits, alive)
                 chosen = next_tokens(
-                    output.logits[:, -1],
+                    logits,
                     torch.stack([row.uniform[step] for row in alive]),
                     temperature=self.generation.temperature,
                     top_p=self.generation.top_p,
@@ -110,6 +115,16 @@ class TransformersEngine:
         finally:
             self.mixture.set_rows(None)
         return [self._completion(row) for row in rows]
+
+    def _require_finite(self, logits: Tensor, alive: Sequence[_Row]) -> None:
+        """Stop at a policy whose logits are no numbers: an answer would still come out, and be judged."""
+        # Masked vocabulary entries are -inf; every row must have a finite largest logit and no NaN.
+        good = torch.isfinite(logits.max(dim=-1).values) & ~logits.isnan().any(dim=-1)
+        if not bool(good.all()):
+            names = sorted(
+                {row.request.policy.name for row, fine in zip(alive, good.tolist(), strict=True) if not fine}
+            )
+            raise InputError(f"the logits of {', '.join(names)} are not finite: its weights overflow {logits.dtype}")
 
     def _take(self, row: _Row, token: int) -> None:
         """Add a sampled token to its row and see whether the row ends with it."""

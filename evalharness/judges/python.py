@@ -32,8 +32,10 @@ class Python:
         try:
             module = importlib.import_module(module_name)
             function = getattr(module, function_name)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"judge '{name}': cannot import {settings.callable}: {error}") from error
+        except Exception as error:
+            raise InputError(
+                f"judge '{name}': cannot import {settings.callable}: {type(error).__name__}: {error}"
+            ) from error
         if not callable(function):
             raise InputError(f"judge '{name}': {settings.callable} is not a function")
         self.function = cast(Callable[[Prompt, str], float], function)
@@ -49,7 +51,7 @@ class Python:
     def _one(self, prompt: Prompt, completion: str) -> Verdict:
         try:
             score = float(self.function(prompt, completion))
-        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; one bad answer must not end the run
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code may raise anything; one bad answer must not end the run
             return Verdict(None, raw=f"{type(error).__name__}: {error}")
         return Verdict(score) if math.isfinite(score) else Verdict(None, raw=f"score {score}")
 

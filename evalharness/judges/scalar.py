@@ -11,8 +11,8 @@ from psacpo.errors import InputError
 from psacpo.evalharness.config import ScalarJudge
 from psacpo.evalharness.judges.base import Verdict
 from psacpo.files import digest, digest_directory
-from psacpo.hub import model_directory
-from psacpo.prompting import Prompt, encode_completion, encode_prompt
+from psacpo.hub import load_config, load_model, load_tokenizer, model_directory
+from psacpo.prompting import Prompt, encode_completion, encode_prompt, require_chat_template
 
 
 class Scalar:
@@ -32,13 +32,15 @@ class Scalar:
                 "settings": settings.model_dump(exclude={"batch_size", "model"}),
             }
         )
-        self._loaded: tuple[Any, Any] | None = None
+        self.what = f"judge '{name}'"
+        self._loaded: Any = None
+        self.tokenizer = self._check()
 
     def judge(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         """Scores of one batch; a pair that does not fit in `max_length` or gives no number is invalid."""
         import torch
 
-        model, tokenizer = self._model()
+        tokenizer = self.tokenizer
         encoded = [self._encode(tokenizer, prompt, completion) for prompt, completion in pairs]
         fitting = [index for index, ids in enumerate(encoded) if len(ids) <= self.settings.max_length]
         verdicts = [
@@ -47,6 +49,7 @@ class Scalar:
         if not fitting:
             return verdicts
         width = max(len(encoded[index]) for index in fitting)
+        model = self._model()
         pad = tokenizer.pad_token_id
         ids = torch.tensor([encoded[i] + [pad] * (width - len(encoded[i])) for i in fitting], device=model.device)
         # From lengths, not from ids != pad: the pad token may also end an answer.
@@ -69,26 +72,39 @@ class Scalar:
         ids: list[int] = tokenizer(text)["input_ids"]
         return ids
 
-    def _model(self) -> tuple[Any, Any]:
+    def _check(self) -> Any:
+        """The tokenizer, after everything that can be known without loading weights: refused before the sweep."""
+        config = load_config(self.path, what=self.what)
+        architectures = config.architectures or []
+        if not any(name.endswith("ForSequenceClassification") for name in architectures) or config.num_labels != 1:
+            raise InputError(
+                f"{self.what} at {self.settings.model} is no scalar judge",
+                given=f"{', '.join(architectures) or 'no architecture'} with {config.num_labels} labels",
+                allowed="a sequence-classification model with one label",
+            )
+        if not any(self.path.glob("*.safetensors")):
+            raise InputError(f"{self.what} at {self.settings.model} holds no weights (*.safetensors)")
+        tokenizer = load_tokenizer(self.path, what=self.what)
+        if self.settings.template is None:
+            require_chat_template(tokenizer)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise InputError(f"the tokenizer of {self.what} has neither a pad nor an EOS token")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _model(self) -> Any:
         if self._loaded is None:
             import torch
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+            from transformers import AutoModelForSequenceClassification
 
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
             dtype = getattr(torch, self.settings.dtype)
-            model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=dtype)
-            if model.config.num_labels != 1:
-                raise InputError(
-                    f"judge '{self.name}' at {self.settings.model} has {model.config.num_labels} labels",
-                    allowed="a scalar judge with one",
-                )
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            model.config.pad_token_id = tokenizer.pad_token_id
+            model = load_model(AutoModelForSequenceClassification, self.path, what=self.what, dtype=dtype)
+            model.config.pad_token_id = self.tokenizer.pad_token_id
             device = self.device
             if device == "auto":
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._loaded = model.to(device).eval(), tokenizer
+            self._loaded = model.to(device).eval()
         return self._loaded
 
 

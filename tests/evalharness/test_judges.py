@@ -63,6 +63,42 @@ def test_scalar_says_what_does_not_fit(tiny_judge: Path) -> None:
     assert short.score == pytest.approx(alone.score, abs=1e-6)
 
 
+def test_scalar_is_checked_before_any_weight_is_loaded(tiny_judge: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    def broken(name: str, change: Any) -> ScalarJudge:
+        path = tmp_path / name
+        shutil.copytree(tiny_judge, path)
+        change(path)
+        return ScalarJudge(kind="scalar", model=str(path))
+
+    def configure(path: Path, **values: Any) -> None:
+        settings = json.loads((path / "config.json").read_text()) | values
+        (path / "config.json").write_text(json.dumps(settings))
+
+    with pytest.raises(InputError, match="no scalar judge; given: .* with 3 labels"):
+        make(
+            broken(
+                "three",
+                lambda p: configure(p, id2label={"0": "a", "1": "b", "2": "c"}, label2id={"a": 0, "b": 1, "c": 2}),
+            )
+        )
+    with pytest.raises(InputError, match="cannot load the tokenizer of judge 'j'"):
+        make(broken("mute", lambda p: [f.unlink() for f in p.glob("*token*")]))
+    with pytest.raises(InputError, match="cannot read config.json of judge 'j'"):
+        make(broken("config", lambda p: (p / "config.json").write_text("{")))
+    with pytest.raises(InputError, match="holds no weights"):
+        make(broken("empty", lambda p: (p / "model.safetensors").unlink()))
+    # A language model whose config says classifier: the score head would be drawn at random.
+    posing = tmp_path / "posing"
+    shutil.copytree(tiny_llama, posing)
+    configure(posing, architectures=["LlamaForSequenceClassification"], id2label={"0": "x"}, label2id={"x": 0})
+    judge = make(ScalarJudge(kind="scalar", model=str(posing)))
+    with pytest.raises(InputError, match=r"lacks the weight score\.weight"):
+        judge.judge(PAIRS[:1])
+
+
 def test_scalar_digest_follows_weights_and_settings(tiny_judge: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -83,8 +119,8 @@ def test_scalar_digest_follows_weights_and_settings(tiny_judge: Path, tmp_path: 
 def test_scalar_refuses_a_generative_model(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no judge .j. model directory"):
         make(ScalarJudge(kind="scalar", model=str(tmp_path / "nowhere")))
-    with pytest.raises(InputError, match="labels"):
-        make(ScalarJudge(kind="scalar", model=str(tiny_llama))).judge(PAIRS[:1])
+    with pytest.raises(InputError, match="no scalar judge; given: LlamaForCausalLM"):
+        make(ScalarJudge(kind="scalar", model=str(tiny_llama)))
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,31 @@ def test_the_plan_is_printed_without_doing_it(make_config: MakeConfig) -> None:
     assert plan_summary(make_config())["answers found"] == 20
 
 
+def test_a_policy_without_finite_logits_is_named(make_config: MakeConfig, tiny_llama: Path, tmp_path: Path) -> None:
+    """Weights of 1e30 are finite, their products are not: no answer may come of them."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    config = make_config()
+    huge = tmp_path / "huge"
+    shutil.copytree(config.adapters["safety"], huge)
+    tensors = {name: tensor * 1e30 for name, tensor in load_file(huge / "adapter_model.safetensors").items()}
+    save_file(tensors, huge / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"the logits of policy@0\.50, policy@1\.00 are not finite"):
+        frontier(make_config(adapters={"reward": config.adapters["reward"], "safety": huge}))
+
+
+@pytest.mark.parametrize("field", ["text", "finish_reason"])
+def test_a_damaged_record_is_told_by_its_line(make_config: MakeConfig, field: str) -> None:
+    run = frontier(make_config())
+    rows = lines(run / "completions.jsonl")
+    rows[2][field] = None
+    (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="completions.jsonl line 3 is damaged.*remove the line"):
+        frontier(make_config())
+
+
 def test_bad_inputs_are_refused_before_anything_is_written(
     make_config: MakeConfig, tmp_path: Path, make_adapter: Any, tiny_qwen2: Path, tiny_llama_raw: Path
 ) -> None:
@@ -186,12 +211,14 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     refused("row 1: prompt is empty", prompts=blank)
     refused("no file or directory at", prompts=tmp_path / "nowhere.jsonl")
     refused("adapter for another base", base=str(tiny_qwen2))
-    refused("not a model directory", base=str(tmp_path))
+    (tmp_path / "hollow").mkdir()
+    refused("not a model directory", base=str(tmp_path / "hollow"))
     other = make_adapter(tiny_llama_raw, seed=9)
     refused("adapter for another base", adapters={"reward": other, "safety": other})
     refused("over the base's 256 positions", generation={"max_new_tokens": 250})
     refused("unknown; allowed: ", constraints=["unsafe<=0.1"])
     refused("cannot be read", constraints=["unsafe_rate<0.1"])
+    refused("lies in the input", out=Path(make_config().base) / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     refused("is in use", out=tmp_path / "full")

@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "of another kind than LoRA; given: peft_type IA3; allowed: LORA"),
     "no base": ({"base_model_name_or_path": None}, "names no base model"),
     "rank": ({"r": 5}, r"do not have the rank that adapter_config.json says; given: A \[4, .*; allowed: rank 5"),
-    "alpha": ({"lora_alpha": "8"}, "is not a number; given: 8"),
+    "alpha": ({"lora_alpha": "8"}, "is not a number above 0; given: 8"),
     "targets": ({"target_modules": ["q_proj"]}, "which its target_modules do not name"),
     "target regex": ({"target_modules": ".*q_proj"}, "which its target_modules do not name"),
 }

@@ -97,7 +97,7 @@ def test_the_digest_decides_over_the_name(two_adapters: tuple[Path, Path], tiny_
 def test_a_hub_base_is_fetched_only_when_it_is_needed(two_adapters: tuple[Path, Path], tmp_path: Path) -> None:
     pair = [with_manifest(path, tmp_path / path.name, base="nobody/no-such-model") for path in two_adapters]
     assert find(None, pair[0], pair[1]) == Base("nobody/no-such-model", None, None)
-    with pytest.raises(InputError, match="no base model nobody/no-such-model here or on the hub") as caught:
+    with pytest.raises(InputError, match="no base model nobody/no-such-model: there is no directory") as caught:
         find(None, pair[0], pair[1], on_disk=True)
     assert "\n" not in str(caught.value)
 

@@ -253,7 +253,10 @@ def test_overwrite_and_in_use(two_adapters: tuple[Path, Path], tmp_path: Path) -
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is in use"):
         run(two_adapters, out)
+    with pytest.raises(InputError, match="not by psacpo"):
+        run(two_adapters, out, overwrite=True)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
+    (out / "psacpo.json").write_text("{}")
     run(two_adapters, out, overwrite=True)
     assert not (out / "notes.txt").exists()
     # The second of two outputs is in use: the first is not begun.
@@ -274,7 +277,7 @@ def test_inputs_are_never_replaced(two_adapters: tuple[Path, Path], tiny_llama: 
         shutil.copytree(source, target)
     before = contents(project)
     for out in (pair[1], project, pair[0] / "merged", tiny_llama / "merged"):
-        with pytest.raises(InputError, match="overlap"):
+        with pytest.raises(InputError, match="overlap|not by psacpo"):
             run(pair, out, overwrite=True)
     assert contents(project) == before
 
