@@ -2,6 +2,11 @@
 
 python recipes/demo/build_weights.py --out demo/weights                  # everything
 python recipes/demo/build_weights.py --out demo/weights --only judges    # after the base
+
+The weights that ship were made by this script in three runs over versions of it (1600 plain steps, 1000 with weight
+noise, 800 with moods, each from the one before by `--start`), and their judges from the policies of a prototype. One
+run from scratch as the script stands gives a base that stage 2 moves less and damages more: docs/log.md has the
+figures. Until one run gives the shipped quality, the shipped weights cannot be made again byte for byte.
 """
 
 from __future__ import annotations
