@@ -165,7 +165,7 @@ def _plan(config: FrontierConfig) -> _Plan:
             "dtype": config.dtype,
             "engine": "transformers",
         },
-        adapter_digests={name: adapter.digest for name, adapter in adapters.items()},
+        adapter_digests={name: adapter.content for name, adapter in adapters.items()},
     )
     return _Plan(base, base_digest, adapters, judges, prompts, policies, jobs)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from psacpo.errors import InputError
-from psacpo.files import digest_model, read_manifest
+from psacpo.files import digest, digest_file, digest_model, read_manifest
 from psacpo.merge.arithmetic import Factors, lora_scale, stack
 from psacpo.merge.tensorfiles import read_json
 
@@ -76,6 +76,14 @@ class Adapter:
         """Digest of the base that it was made on, where its manifest knows it."""
         found = (self.manifest or {}).get("base_digest")
         return found if isinstance(found, str) else None
+
+    @property
+    def content(self) -> str:
+        """Digest of what it does to a base: not of what that base is called, so a moved project keeps its records."""
+        config = {
+            key: value for key, value in self.config.items() if key not in ("base_model_name_or_path", "revision")
+        }
+        return digest([digest_file(self.path / WEIGHTS), config])
 
     @property
     def revision(self) -> str | None:
