@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -92,16 +93,16 @@ def better(config: FrontierConfig, metric: Metric) -> str:
 
 def compared_with_base(config: FrontierConfig, found: Mapping[str, Any]) -> list[str]:
     """A warning where the untouched base does better on an axis than the chosen policy: by means alone, no test."""
-    chosen = next((point for point in found["points"] if point["policy"] == found["choice"]["policy"]), None)
+    chosen: list[Mapping[str, Any]] = [p for p in found["points"] if p["policy"] == found["choice"]["policy"]]
     bases = [entry for entry in found["baselines"] if not config.baselines[entry["name"]]]
     warnings = []
     for axis in config.axes.model_dump().values():
         sign = 1 if found["metrics"][axis]["better"] == "higher" else -1
-        for entry in bases if chosen else []:
-            own, other = chosen[axis]["mean"], entry[axis]["mean"]
+        for point, entry in product(chosen, bases):
+            own, other = point[axis]["mean"], entry[axis]["mean"]
             if own is not None and other is not None and sign * other > sign * own:
                 warnings.append(
-                    f"{entry['name']} has the better mean {axis} ({other:.3f}, {chosen['policy']} has {own:.3f})"
+                    f"{entry['name']} has the better mean {axis} ({other:.3f}, {point['policy']} has {own:.3f})"
                 )
     return warnings
 
