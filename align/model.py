@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from psacpo import hub
 from psacpo.align.config import Dtype, Lora
 from psacpo.align.losses import all_finite
 from psacpo.errors import InputError, unknown_name
@@ -54,10 +55,7 @@ def find_base(name: str) -> Base:
 
 def load_tokenizer(base: Base) -> Any:
     """The base's tokenizer; one without an EOS cannot end an answer and is refused."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(base.path)
-    except Exception as error:
-        raise InputError(f"cannot load the tokenizer of {base.name}: {_first(error)}") from error
+    tokenizer = hub.load_tokenizer(base.path)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {base.name} has no EOS token", allowed="a tokenizer with an eos_token")
     return tokenizer
