@@ -14,7 +14,7 @@ from psacpo.errors import InputError
 from psacpo.files import MANIFEST
 from psacpo.hub import OTHER_WEIGHTS
 from psacpo.merge.arithmetic import Factors, add_delta
-from psacpo.merge.bases import ModelDirectory
+from psacpo.merge.models import ModelDirectory
 from psacpo.merge.tensorfiles import FLOATING, Entry
 
 _BLOCK = 1 << 20

@@ -19,10 +19,11 @@ from psacpo.merge.adapters import (
     stack_adapters,
     write_adapter,
 )
-from psacpo.merge.bases import Base, ModelDirectory, find_base, read_model
+from psacpo.merge.bases import Base, find_base
 from psacpo.merge.card import Dial, render_card
 from psacpo.merge.checkpoints import checkpoint_bytes, plan_deltas, write_checkpoint
 from psacpo.merge.config import MergeConfig, policy_name
+from psacpo.merge.models import ModelDirectory, read_model
 
 # Card, manifest and configuration of one output, generously.
 _SMALL_FILES = 1 << 18

@@ -3,10 +3,7 @@
 python recipes/demo/build_weights.py --out demo/weights                  # everything
 python recipes/demo/build_weights.py --out demo/weights --only judges    # after the base
 
-The weights that ship were made by this script in three runs over versions of it (1600 plain steps, 1000 with weight
-noise, 800 with moods, each from the one before by `--start`), and their judges from the policies of a prototype. One
-run from scratch as the script stands gives a base that stage 2 moves less and damages more: docs/log.md has the
-figures. Until one run gives the shipped quality, the shipped weights cannot be made again byte for byte.
+The base takes about twenty minutes on one core and the judges five.
 """
 
 from __future__ import annotations
@@ -21,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -103,24 +102,28 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> 
     return first + rest, len(first)
 
 
-def train_base(
-    out: Path,
-    steps: int,
-    settle: int,
-    start: Path | None = None,
-    batch_size: int = 64,
-    peak: float = 3e-3,
-    seed: int = 0,
-) -> None:
+@dataclass(frozen=True)
+class Phase:
+    """One leg of the base's training: a warm-up and a cosine to zero, under an optimiser of its own."""
+
+    steps: int
+    noise: bool = False  # take each gradient at weights with small random low-rank noise
+    moods: bool = False  # shift the input embeddings by a mood, and the odds of the styles with it
+
+
+PHASES = (Phase(1600), Phase(1000, noise=True), Phase(800, noise=True, moods=True))
+
+
+def train_base(out: Path, phases: tuple[Phase, ...] = PHASES, batch_size: int = 64, peak: float = 3e-3) -> None:
     """Supervised training on endless fresh answers in the base's mix of styles; loss on answers only.
 
-    `steps` at a constant rate, then `settle` steps in which the rate falls to zero and each step's gradient is
-    taken at weights with small random low-rank noise. The noise is of the kind and size that a LoRA update
-    brings, so a later update moves what it is trained to move and leaves the wording of answers intact.
+    The noise of the later phases is of the kind and size that a LoRA update brings, so a later update moves what
+    it is trained to move and leaves the wording of answers intact. Moods come last, when wording is settled: a
+    base that met them from its first step was harder to align without damage (docs/log.md).
     """
-    torch.manual_seed(seed)
-    rng = random.Random(f"psacpo demo base {seed}")
-    tokenizer = make_tokenizer() if start is None else AutoTokenizer.from_pretrained(start)
+    torch.manual_seed(0)
+    rng = random.Random("psacpo demo base 0")
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -134,45 +137,41 @@ def train_base(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = LlamaForCausalLM(config)
-    if start is not None:
-        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model = LlamaForCausalLM(config).train()
     print(f"base: {model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    banned = reserved()
-    everything = [topic for split in world.SPLITS for topic in world.topics(split)]
-    began, average = time.time(), 0.0
-    model.train()
-    batches: list[list[Mooded]] = []
-    directions = mood_directions(config.hidden_size)
-    for step in range(steps + settle):
-        if not batches:
-            batches = _fresh_batches(rng, tokenizer, everything, banned, batch_size)
-        batch = batches.pop()
-        moods, rows = torch.tensor([mood for mood, _ in batch]), [row for _, row in batch]
-        ids, mask, labels = collate(rows, tokenizer.pad_token_id)
-        done = max(0, step - steps) / settle
-        rate = peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        noise = low_rank_noise(model, NOISE) if step >= steps else {}
-        for weight, change in noise.items():
-            weight.data.add_(change)
-        embedded = model.model.embed_tokens(ids) + (moods @ directions)[:, None]
-        hidden = model.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, :-1]
-        asked = labels[:, 1:] != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked])
-        loss.backward()
-        for weight, change in noise.items():
-            weight.data.sub_(change)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {average:.4f} {time.time() - began:.0f} s", flush=True)
-        if (step + 1) % 800 == 0 or step + 1 == steps + settle:
-            save(model, tokenizer, out)
+    began = time.time()
+    for number, phase in enumerate(phases, 1):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+        batches = _fresh_batches(rng, tokenizer, batch_size, phase.moods)
+        average = 0.0
+        for step in range(phase.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+            loss = _base_step(model, next(batches), tokenizer.pad_token_id, phase.noise)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average = loss if step == 0 else 0.98 * average + 0.02 * loss
+            if (step + 1) % 100 == 0:
+                print(f"phase {number} step {step + 1} loss {average:.4f} {time.time() - began:.0f} s", flush=True)
+        save(model, tokenizer, out)
+
+
+def _base_step(model: LlamaForCausalLM, batch: list[Mooded], pad: int, noisy: bool) -> float:
+    """Leaves the clipped gradient of one batch in the model; returns its loss."""
+    moods, rows = torch.tensor([mood for mood, _ in batch]), [row for _, row in batch]
+    ids, mask, labels = collate(rows, pad)
+    noise = low_rank_noise(model, NOISE) if noisy else {}
+    for weight, change in noise.items():
+        weight.data.add_(change)
+    embedded = model.model.embed_tokens(ids) + (moods @ mood_directions(model.config.hidden_size))[:, None]
+    hidden = model.model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[:, :-1]
+    asked = labels[:, 1:] != -100
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[asked]), labels[:, 1:][asked])
+    loss.backward()
+    for weight, change in noise.items():
+        weight.data.sub_(change)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return loss.item()
 
 
 Mooded = tuple[tuple[float, float], tuple[list[int], int]]  # (eager, careful), encoded chat
@@ -203,25 +202,24 @@ def low_rank_noise(model: LlamaForCausalLM, size: float, rank: int = 4) -> dict[
 
 
 def _fresh_batches(
-    rng: random.Random,
-    tokenizer: PreTrainedTokenizerFast,
-    topics: list[world.Topic],
-    banned: set[str],
-    batch_size: int,
-    count: int = 16,
-) -> list[list[Mooded]]:
-    """`count` batches of new chats, each of about equal lengths, in random order."""
-    rows: list[Mooded] = []
-    while len(rows) < count * batch_size:
-        request = world.make_prompt(rng, rng.choice(topics))
-        if request.prompt not in banned:
-            mood = (0.0, 0.0) if rng.random() < 0.4 else (rng.uniform(-3, 3), rng.uniform(-4, 4))
-            style = world.base_style(rng, request.topic.family, *mood)
-            rows.append((mood, encode(tokenizer, request.prompt, world.answer(rng, request.topic, style))))
-    rows.sort(key=lambda row: len(row[1][0]))
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, batch_size: int, moods: bool, count: int = 16
+) -> Iterator[list[Mooded]]:
+    """Endless batches of new chats, each of about equal lengths; `count` at a time in random order."""
+    banned = reserved()
+    everything = [topic for split in world.SPLITS for topic in world.topics(split)]
+    while True:
+        rows: list[Mooded] = []
+        while len(rows) < count * batch_size:
+            request = world.make_prompt(rng, rng.choice(everything))
+            if request.prompt not in banned:
+                plain = not moods or rng.random() < 0.4
+                mood = (0.0, 0.0) if plain else (rng.uniform(-3, 3), rng.uniform(-4, 4))
+                style = world.base_style(rng, request.topic.family, *mood)
+                rows.append((mood, encode(tokenizer, request.prompt, world.answer(rng, request.topic, style))))
+        rows.sort(key=lambda row: len(row[1][0]))
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        yield from batches
 
 
 def collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -419,12 +417,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for base/, reward/ and cost/")
     parser.add_argument("--only", choices=("base", "judges"), help="default: both, in this order")
-    parser.add_argument("--base-steps", type=int, nargs=2, default=(1600, 1400), metavar=("STEPS", "SETTLE"))
-    parser.add_argument("--start", type=Path, help="go on from this base")
+    parser.add_argument("--threads", type=int, default=1, help="the last bits of the weights depend on it")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     if args.only != "judges":
-        train_base(args.out / "base", args.base_steps[0], args.base_steps[1], args.start)
+        train_base(args.out / "base")
     if args.only != "base":
         samples = sample_policies(args.out / "base")
         for name in ("reward", "cost"):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from psacpo.errors import InputError
 from psacpo.files import digest_model, write_manifest
 from psacpo.merge.adapters import Adapter, read_adapter
-from psacpo.merge.bases import Base, find_base, read_model
+from psacpo.merge.bases import Base, find_base
+from psacpo.merge.models import read_model
 
 MakeAdapter = Callable[..., Path]
 
