@@ -35,7 +35,19 @@ def render_prompt(tokenizer: Any, prompt: Prompt, template: str | None) -> str:
         return template.replace("{prompt}", prompt)
     require_chat_template(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def _apply_chat_template(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """The tokenizer's chat template over messages; a template that is broken or refuses them is one line."""
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template is somebody's code: it raises what it likes
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} cannot write messages of {roles}: {error}",
+            allowed="messages that it takes, or a raw template:",
+        ) from error
     return text
 
 
@@ -83,7 +95,7 @@ def encode_completion(tokenizer: Any, prompt: Prompt, completion: Prompt, templa
     before = render_prompt(tokenizer, prompt, None)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    whole: str = tokenizer.apply_chat_template([*messages, *answer], tokenize=False)
+    whole = _apply_chat_template(tokenizer, [*messages, *answer], add_generation_prompt=False)
     if not whole.startswith(before):
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} writes an answered prompt differently from an open one",

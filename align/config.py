@@ -48,7 +48,7 @@ class Stage(Strict):
     loss: Literal["dpo"] = "dpo"
     start: str | None = None
     beta: float | None = Field(None, gt=0)
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, le=1)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     batch_size: int = Field(8, ge=1)
@@ -63,7 +63,9 @@ class Stage(Strict):
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _plain_name(self) -> Stage:
+    def _in_range(self) -> Stage:
+        if not all(0 <= value < 1 for value in self.adam_betas):
+            raise ValueError(f"adam_betas {list(self.adam_betas)} are out of range; allowed: two numbers in [0, 1)")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name in _TAKEN:
             raise ValueError(
                 f"stage name '{self.name}' is not a plain directory name, or is taken: {', '.join(_TAKEN)}"
@@ -96,7 +98,8 @@ class AlignConfig(Strict):
             if stage.name in seen:
                 raise ValueError(f"two stages are called '{stage.name}'")
             if stage.start is not None and stage.start not in ("base", *seen):
-                raise ValueError(f"stage '{stage.name}' starts at '{stage.start}'; allowed: base, {', '.join(seen)}")
+                allowed = ", ".join(["base", *seen])
+                raise ValueError(f"stage '{stage.name}' starts at '{stage.start}'; allowed: {allowed}")
             seen.append(stage.name)
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")

@@ -77,3 +77,13 @@ def test_what_cannot_be_rendered_is_told(tiny_llama_raw: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     with pytest.raises(InputError, match="several messages"):
         encode_prompt(tokenizer, turns, RAW)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{% for m in %}", "{{ 1 / 0 + x.y.z }}"]
+)
+def test_a_template_that_fails_is_one_line(tiny_llama: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat template of .* cannot write messages of user: .*allowed"):
+        encode_prompt(tokenizer, "open", None)
