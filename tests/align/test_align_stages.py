@@ -380,11 +380,12 @@ def test_gradient_checkpointing_changes_nothing(
 
 def test_loss_that_is_no_number(tiny_llama: Path, tmp_path: Path, rows: Any, write_rows: Any, make_config: Any) -> None:
     data = write_rows(tmp_path / "rows.jsonl", rows(8))
-    stage = {"data": data, "learning_rate": 1e30, "max_grad_norm": 1e30}
+    # Scores of attention overflow once the first step has moved B away from 0.
+    stage = {"data": data, "learning_rate": 1.0}
     with pytest.raises(
         InputError, match=r"stage 'a' step 2: the loss is not finite for rows 1, 2, 3, 4, 5 and 3 more of"
     ):
-        align(make_config(tiny_llama, tmp_path / "out", [stage]))
+        align(make_config(tiny_llama, tmp_path / "out", [stage], lora={"r": 4, "alpha": 4e19}))
     assert not (tmp_path / "out" / "a").exists()
 
 
@@ -393,9 +394,9 @@ def test_weights_that_are_no_numbers_are_not_written(
 ) -> None:
     """The last step has no step after it to notice."""
     data = write_rows(tmp_path / "rows.jsonl", rows(8))
-    stage = {"data": data, "learning_rate": 1e300, "max_steps": 1}
+    stage = {"data": data, "max_steps": 1, "beta": 1e6}
     with pytest.raises(InputError, match="weights that are not finite"):
-        align(make_config(tiny_llama, tmp_path / "out", [stage]))
+        align(make_config(tiny_llama, tmp_path / "out", [stage], lora={"r": 4, "alpha": 1e38}))
     assert not list((tmp_path / "out").glob("*"))
     assert not list((tmp_path / "out").glob(".*"))
 
