@@ -121,35 +121,87 @@ def align(
 
 @app.command()
 def merge(
-    recipe: RecipeArgument = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="psacpo.yaml, its directory, or a mergekit file; default: the one here."),
+    ] = None,
     base: BaseOption = None,
-    reward: RewardOption = None,
-    safety: SafetyOption = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="Reward policy: a PEFT adapter or a full model.")
+    ] = None,
+    safety: Annotated[str | None, typer.Option("--safety", help="Safety policy, of the same kind.")] = None,
     ratio: RatioOption = None,
-    kind: Annotated[str | None, typer.Option("--as", help="adapter (default) or checkpoint.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", help="DIR=WEIGHT, for any number of policies; repeatable.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="linear (default), ties, slerp, ...")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", help="NAME=VALUE of the method, as density=0.5; repeatable.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option("--as", help="adapter or checkpoint; default: as what comes in.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Recompress the adapter to this rank.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of a checkpoint; default: as its base.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the methods that draw.")] = None,
+    extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow ratios outside 0 to 1.")] = False,
+    unnormalised: Annotated[
+        bool, typer.Option("--unnormalised", help="Allow policies' weights that do not sum to 1.")
+    ] = False,
+    allow_different_base: Annotated[
+        bool, typer.Option("--allow-different-base", help="Merge adapters made on another base.")
+    ] = False,
     out: OutOption = None,
     overwrite: OverwriteOption = False,
+    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Upload to this hub repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new hub repository is private.")] = False,
+    verify: Annotated[
+        Path | None, typer.Option("--verify", help="Check an output against its sources; merge nothing.")
+    ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge the two policies exactly at one ratio or many."""
-    _quiet_libraries()
-    from psacpo.merge import merge as job
-    from psacpo.merge.config import parse_ratios
-    from psacpo.recipe import Project
+    """Merge policies exactly, at one ratio or many.
 
-    config = Project.find(recipe).merge(
+    Adapters on one base, or full models; by default the reward and the safety adapter of the project here.
+    """
+    _quiet_libraries()
+    from psacpo.merge.config import parse_parameters, parse_policies, parse_ratios
+    from psacpo.recipe import merge_settings
+
+    if verify is not None:
+        from psacpo.merge.verify import verify as check
+
+        found = check(verify, base=base, reward=reward, safety=safety)
+        return _show(found, as_json, [f"{name}: {value}" for name, value in found.items()])
+    config = merge_settings(
+        recipe,
         base=base,
         reward=reward,
         safety=safety,
-        ratios=parse_ratios(ratio or []) or None,
+        ratios=parse_ratios(ratio or [], extrapolate=extrapolate) or None,
+        policies=parse_policies(policy or []) or None,
+        method=method,
+        parameters=parse_parameters(parameter or []) or None,
+        rank=rank,
+        dtype=dtype,
+        seed=seed,
+        extrapolate=extrapolate or None,
+        unnormalised=unnormalised or None,
+        allow_different_base=allow_different_base or None,
         out=out,
         overwrite=overwrite or None,
+        push_to_hub=push_to_hub,
+        private=private or None,
         **{"as": kind},
     )
-    outputs = [str(path) for path in job(config)]
-    took = {"reward": str(config.reward), "safety": str(config.safety)}
-    lines = [f"{name} adapter: {path}" for name, path in took.items()] + [f"wrote {path}" for path in outputs]
-    _show(took | {"as": config.as_, "outputs": outputs}, as_json, lines)
+    if dry_run:
+        from psacpo.merge.run import plan
+
+        return _print_plan(plan(config), as_json)
+    from psacpo.merge import merge as job
+    from psacpo.merge.card import merge_summary
+
+    outputs = job(config)
+    _show({"sources": config.sources, "outputs": [str(path) for path in outputs]}, as_json, merge_summary(outputs))
 
 
 @app.command()

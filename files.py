@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from typing import Any
 from psacpo.errors import InputError
 
 MANIFEST = "psacpo.json"
+PROGRESS = ".progress"
+"""The directory in a `resumable_directory` that holds what is not part of the output: markers, files half written."""
 _CHUNK = 1 << 20
+# Files of this size and more are worth remembering the digest of.
+_WORTH_REMEMBERING = 64 << 20
+# File times are as coarse as this on some file systems: a younger file may change again without showing it.
+_SETTLED_NS = 2_000_000_000
+_MOST_REMEMBERED = 4096
 
 
 def canonical_json(value: object) -> str:
@@ -30,12 +40,75 @@ def digest(value: object) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits, read in blocks of 1 MiB."""
+    """SHA-256 of a file's bytes, 64 hex digits.
+
+    That of a large file is remembered in the user's cache directory, for as long as the file's size, times and inode
+    stay what they were.
+    """
+    before = path.stat()
+    if before.st_size < _WORTH_REMEMBERING:
+        return _hash_file(path)
+    started = time.time_ns()
+    name, stamp = os.path.realpath(path), _stamp(before)
+    found = _remembered().get(name)
+    if found is not None and found[:-1] == stamp:
+        return str(found[-1])
+    value = _hash_file(path)
+    settled = max(before.st_mtime_ns, before.st_ctime_ns) < started - _SETTLED_NS
+    if settled and _stamp(path.stat()) == stamp:
+        _remember(name, [*stamp, value])
+    return value
+
+
+def _hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in blocks of 1 MiB."""
     state = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(_CHUNK):
             state.update(block)
     return state.hexdigest()
+
+
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _digest_cache() -> Path | None:
+    """Where digests of large files are remembered; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The XDG specification has relative paths ignored.
+        root = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return root / "psacpo" / "digests.json"
+
+
+def _remembered() -> dict[str, list[Any]]:
+    """Real path -> size, times, inode, SHA-256. What cannot be read, or is no such record, is as if it were not there."""
+    cache = _digest_cache()
+    try:
+        found = json.loads(cache.read_text(encoding="utf-8")) if cache else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: entry
+        for name, entry in found.items()
+        if isinstance(entry, list) and len(entry) == 5 and re.fullmatch("[0-9a-f]{64}", str(entry[-1]))
+    }
+
+
+def _remember(name: str, entry: list[Any]) -> None:
+    cache = _digest_cache()
+    if cache is None:
+        return
+    others = {other: known for other, known in _remembered().items() if other != name}
+    newest = list(others.items())[-(_MOST_REMEMBERED - 1) :]
+    # A cache that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError, InputError):
+        write_atomically(cache, json.dumps(dict([*newest, (name, entry)]), indent=0))
 
 
 def digest_directory(path: Path, *, patterns: Iterable[str] = ("*",)) -> str:
@@ -82,10 +155,7 @@ def readable_io_errors(path: Path) -> Iterator[None]:
 
 def require_free_space(path: Path, needed: int) -> None:
     """Refuse before the work starts when the file system that will hold `path` has less than `needed` bytes free."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_space(path)
     if free < needed:
         raise InputError(f"no space for {path}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
@@ -107,13 +177,19 @@ def require_unused(path: Path, *, overwrite: bool = False) -> None:
         )
 
 
-def require_apart(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that lies in one of the inputs, or holds one: writing it would change what was read."""
+def require_apart(out: Path, inputs: Iterable[Path], *, replaced: bool = False) -> None:
+    """Refuse an output that lies in one of the inputs: writing it would change what was read.
+
+    Args:
+        replaced: Whether `out` is replaced as a whole, so that no input may lie in it either.
+    """
     target = out.resolve()
     for given in inputs:
         place = given.resolve()
         if target == place or place in target.parents:
             raise InputError(f"output {out} lies in the input {given}", allowed="a directory outside it")
+        if replaced and target in place.parents:
+            raise InputError(f"output {out} holds the input {given}", allowed="a directory beside it")
 
 
 @contextlib.contextmanager
@@ -137,6 +213,126 @@ def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def free_space(path: Path) -> int:
+    """Free bytes of the file system that will hold `path`."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def resumable_directory(out: Path, *, key: str, overwrite: bool = False) -> Iterator[Path]:
+    """Like `atomic_directory`, but the work of an interrupted call is taken up again by the next one with the same key.
+
+    The directory beside `out` is kept on Ctrl-C, SIGTERM and SIGKILL, and removed on any error. In one that is taken up
+    again there are the files for which `mark_finished` was called, and nothing else. Directories of other keys for the
+    same `out` are removed. Nothing of the markers is left in the output.
+
+    Args:
+        out: The directory to be.
+        key: Digest of everything that decides the bytes of the output.
+        overwrite: Replace a directory that psacpo wrote.
+
+    Raises:
+        InputError: `out` is in use, cannot be written, or is being written by another process.
+    """
+    require_unused(out, overwrite=overwrite)
+    with readable_io_errors(out), contextlib.ExitStack() as locks:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        mine = f".{out.name}.partial-{digest(key)[:16]}"
+        partial = out.parent / mine
+        _lock_directory(locks, partial, out)
+        pattern = re.compile(re.escape(f".{out.name}.partial-") + "[0-9a-f]{16}")
+        for other in [entry for entry in out.parent.iterdir() if pattern.fullmatch(entry.name) and entry.name != mine]:
+            try:
+                _lock_directory(locks, other, out)
+            except InputError:
+                with contextlib.suppress(OSError):
+                    partial.rmdir()  # unless there is work in it
+                raise
+            shutil.rmtree(other)
+        _restore_replaced(out)
+        # Another process may have finished while this one waited for nothing but the checks above.
+        require_unused(out, overwrite=overwrite)
+        _keep_finished(partial)
+        try:
+            yield partial
+            shutil.rmtree(partial / PROGRESS)
+            for file in [*sorted(partial.rglob("*")), partial]:
+                _fsync(file)
+            _replace_directory(partial, out)
+            _fsync(out.parent)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def mark_finished(directory: Path, name: str, facts: Mapping[str, Any]) -> None:
+    """Say of a file in a `resumable_directory` that it is whole and on the disk; in another directory say nothing.
+
+    Args:
+        directory: The directory.
+        name: The file's name in it.
+        facts: What `finished` will give back, as JSON has it.
+    """
+    if not (directory / PROGRESS).is_dir():
+        return
+    # The file must not be able to be lost when its marker is there.
+    _fsync(directory / name)
+    _fsync(directory)
+    record = {"size": (directory / name).stat().st_size, "facts": dict(facts)}
+    write_atomically(directory / PROGRESS / f"{name}.json", json.dumps(record))
+
+
+def finished(directory: Path, name: str) -> dict[str, Any] | None:
+    """What `mark_finished` was told of a file, None where the file is not finished."""
+    try:
+        record = json.loads((directory / PROGRESS / f"{name}.json").read_text(encoding="utf-8"))
+        if (directory / name).stat().st_size != record["size"]:
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    facts: dict[str, Any] = record["facts"]
+    return facts
+
+
+def _lock_directory(locks: contextlib.ExitStack, directory: Path, out: Path) -> None:
+    """Make a directory, unless it is there, and hold it until `locks` closes; another process that has it is an error."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        locks.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"output {out} is being written by another process") from error
+        except OSError:
+            return  # a file system without locks on directories (NFS)
+        # Between opening and locking, its owner may have renamed or removed it.
+        with contextlib.suppress(FileNotFoundError):
+            if directory.stat().st_ino == os.fstat(descriptor).st_ino:
+                return
+
+
+def _keep_finished(partial: Path) -> None:
+    """Remove whatever an interrupted call left half done."""
+    (partial / PROGRESS).mkdir(exist_ok=True)
+    markers = {f"{entry.name}.json" for entry in partial.iterdir() if finished(partial, entry.name) is not None}
+    for entry in [*partial.iterdir(), *(partial / PROGRESS).iterdir()]:
+        kept = entry.name == PROGRESS or entry.name in markers or f"{entry.name}.json" in markers
+        if not kept:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _restore_replaced(out: Path) -> None:
+    """Mend what a process left that died between the two renames of `_replace_directory`."""
+    for old in [entry for entry in out.parent.iterdir() if entry.name.startswith(f".{out.name}.old-")]:
+        if not out.exists() and (old / out.name).is_dir():
+            os.rename(old / out.name, out)
+        shutil.rmtree(old)
 
 
 def _replace_directory(partial: Path, out: Path) -> None:

@@ -79,6 +79,7 @@ def _first_line(error: Exception) -> str:
 
 def _fetch(name: str, what: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(
@@ -90,7 +91,9 @@ def _fetch(name: str, what: str, revision: str | None) -> Path:
             )
         )
     except Exception as error:  # the hub's client raises errors of a dozen unrelated classes
+        offline = "it is not in the hub's cache, and the hub is not reached (offline)"
+        why = offline if isinstance(error, LocalEntryNotFoundError) else f"the hub says: {_first_line(error)}"
         raise InputError(
-            f"no {what} model {name}: there is no directory {name}, and the hub says: {_first_line(error)}",
+            f"no {what} model {name}: there is no directory {name}, and {why}",
             allowed="a model directory or a hub id",
         ) from error

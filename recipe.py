@@ -14,7 +14,8 @@ from psacpo.config import Strict, read_yaml, validate
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric
 from psacpo.files import write_atomically
-from psacpo.merge.config import MergeConfig, OutputKind, policy_name
+from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, policy_name
+from psacpo.merge.mergekit import is_mergekit, read_mergekit
 
 RECIPE = "psacpo.yaml"
 
@@ -40,7 +41,7 @@ class Recipe(Strict):
 
     # merge
     adapters: dict[str, str] = Field(default_factory=lambda: {"reward": "reward", "safety": "safety"})
-    as_: OutputKind = Field("adapter", alias="as")
+    as_: OutputKind | None = Field(None, alias="as")
 
     # frontier
     prompts: str | None = None
@@ -96,17 +97,20 @@ class Project:
         return validate(AlignConfig, values, where=self.name)
 
     def merge(self, **flags: Any) -> MergeConfig:
-        """The settings of `merge`; flags that are not None win."""
+        """The settings of `merge`; flags that are not None win. Policies given by flags leave the recipe's aside."""
         values: dict[str, Any] = {}
         if self.recipe is not None:
             values = {"base": self.resolve(self.recipe.base), "as": self.recipe.as_}
-            values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
+            if not flags.get("policies"):
+                values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
         values |= _said(flags)
-        self._require(values, reward="--reward", safety="--safety", ratios="--ratio")
+        if not values.get("policies"):
+            self._require(values, reward="--reward", safety="--safety", ratios="--ratio")
         if "out" not in values:
-            policies = self.root / "policies"
-            many = len(values["ratios"]) > 1
-            values["out"] = policies if many else policies / policy_name(values["ratios"][0])
+            policies, ratios = self.root / "policies", values.get("ratios") or []
+            if not ratios:
+                raise InputError("'out' is missing: several policies have no name of their own", allowed="--out")
+            values["out"] = policies if len(ratios) > 1 else policies / policy_name(ratios[0])
         return validate(MergeConfig, values, where=self.name)
 
     def frontier(self, **flags: Any) -> FrontierConfig:
@@ -192,6 +196,34 @@ def _seen_from(directory: Path, name: str) -> str:
         return name
     target, home = path.resolve(), directory.resolve()
     return str(target.relative_to(home)) if target.is_relative_to(home) else str(target)
+
+
+def merge_settings(given: Path | None, **flags: Any) -> MergeConfig:
+    """The settings of `merge` from flags and from what is named on the command line: a recipe, or a mergekit file."""
+    if given is None or not given.is_file() or not is_mergekit(read_yaml(given)):
+        return Project.find(given).merge(**flags)
+    spec = read_mergekit(given)
+    models = [
+        {"path": str(model), "parameters": own} for model, own in zip(spec.models, spec.settings.models, strict=True)
+    ]
+    values: dict[str, Any] = {
+        "models": models,
+        "method": spec.settings.method,
+        "parameters": spec.settings.shared,
+        "base": str(spec.base) if spec.base else None,
+        "layout": str(spec.layout),
+        "dtype": next((name for name, stored in SAFETENSORS_DTYPES.items() if stored == spec.dtype), None),
+        "layers": spec.layers,
+        "one_vocabulary": spec.tokenizer_source is not None,
+        "as": "checkpoint",
+    }
+    said = _said(flags)
+    clash = sorted(set(said) & {"reward", "safety", "ratios", "policies", "method", "parameters"})
+    if clash:
+        raise InputError(f"{given} is a mergekit file, which says the models and their weights", given=f"--{clash[0]}")
+    if "out" not in said:
+        raise InputError("'out' is missing: a mergekit file does not say it", allowed="--out")
+    return validate(MergeConfig, values | said, where=str(given))
 
 
 def stages_from_flags(

@@ -1,155 +1,79 @@
-"""LoRA adapters as PEFT keeps them on disk: read, stacked at any weights, written."""
+"""LoRA adapters together: whether they fit each other, stacked at any weights, written as one adapter."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from psacpo.errors import InputError
-from psacpo.files import digest, digest_file, digest_model, read_manifest
-from psacpo.merge.arithmetic import Factors, lora_scale, stack
-from psacpo.merge.tensorfiles import read_json
+from psacpo.merge.adapter_files import PREFIX, WEIGHTS, Adapter, read_adapter
+from psacpo.merge.arithmetic import Factors, interpolate, stack
+from psacpo.merge.changes import locate, tied_partner
+from psacpo.merge.compress import compress
+from psacpo.merge.lora_config import CONFIG, excludes, pattern_value
+from psacpo.merge.models import ModelDirectory
+from psacpo.merge.stored import StoredTensor, stored_in
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PARTS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "base_layer.weight": "copy",
-}
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.(?P<part>" + "|".join(map(re.escape, _PARTS)) + ")")
-
-# Settings that change nothing about what trained factors mean, or that are read here. Any other one that is set makes
-# an adapter something else than plain LoRA.
-# fmt: off
-_UNDERSTOOD = frozenset((
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core",
-    "loftq_config", "eva_config", "qalora_group_size",
-))
-# fmt: on
-# Other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA) change the base weights each time they are loaded.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Adapter",
+    "Written",
+    "adapter_bytes",
+    "factors_by_module",
+    "pattern_value",
+    "read_adapter",
+    "require_compatible",
+    "require_plain",
+    "require_writable",
+    "stack_adapters",
+    "warnings_of",
+    "write_adapter",
+]
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A LoRA adapter in memory.
+@dataclass(frozen=True)
+class Written:
+    """What `write_adapter` wrote.
 
     Attributes:
-        path: Its directory.
-        base: The base model that it names (hub id or path).
-        modules: Module name as in the base model (`model.layers.0.self_attn.q_proj`) -> factors in float32. For an
-            embedding the factors are those of the transposed weight: A [rank, tokens], B [dimensions, rank].
-        embeddings: Those modules that are embeddings.
-        copies: Modules of which the adapter holds the base's own weight too (PEFT saves it for embeddings).
-        config: adapter_config.json.
-        digest: Of its weights and configuration.
-        manifest: psacpo.json, if it has one.
+        ranks: Module name -> rank.
+        errors: Module name -> Frobenius norm of what recompression left out, over that of the whole; 0 is nothing.
     """
 
-    path: Path
-    base: str
-    modules: Mapping[str, Factors]
-    embeddings: frozenset[str]
-    copies: frozenset[str]
-    config: Mapping[str, Any]
-    digest: str
-    manifest: Mapping[str, Any] | None
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
 
     @property
-    def base_digest(self) -> str | None:
-        """Digest of the base that it was made on, where its manifest knows it."""
-        found = (self.manifest or {}).get("base_digest")
-        return found if isinstance(found, str) else None
-
-    @property
-    def content(self) -> str:
-        """Digest of what it does to a base: not of what that base is called, so a moved project keeps its records."""
-        config = {
-            key: value for key, value in self.config.items() if key not in ("base_model_name_or_path", "revision")
-        }
-        return digest([digest_file(self.path / WEIGHTS), config])
-
-    @property
-    def revision(self) -> str | None:
-        """The base's revision on the hub; None is the main branch."""
-        revision: str | None = self.config.get("revision")
-        return None if revision == "main" else revision
-
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Whether the base stores its weights as [inputs, outputs] (GPT-2's Conv1D)."""
-        return bool(self.config.get("fan_in_fan_out"))
-
-    def copy_of(self, module: str) -> torch.Tensor:
-        """The base's weight of a module in `copies`, as the adapter holds it."""
-        with safe_open(self.path / WEIGHTS, framework="pt") as weights:
-            tensor: torch.Tensor = weights.get_tensor(f"{_PREFIX}{module}.base_layer.weight")
-            return tensor
-
-
-def read_adapter(path: Path) -> Adapter:
-    """A PEFT LoRA directory in memory.
-
-    Raises:
-        InputError: It is no adapter directory, or holds anything that is not plain LoRA, by name.
-    """
-    if not path.is_dir():
-        raise InputError(f"no adapter directory at {path}", allowed=f"a PEFT directory with {CONFIG} and {WEIGHTS}")
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{path} is not an adapter directory: no {CONFIG} in it")
-    if not (path / WEIGHTS).is_file():
-        if (path / "adapter_model.bin").exists():
-            raise InputError(f"{path} holds adapter_model.bin, which is pickle and not read", allowed=WEIGHTS)
-        raise InputError(f"{path} is not an adapter directory: no {WEIGHTS} in it")
-    config = read_json(path / CONFIG)
-    _require_plain_lora(path, config)
-    parts, embeddings, copies = _read_tensors(path)
-    modules = {name: _factors(path, config, name, parts[name]) for name in sorted(parts)}
-    _require_covered(path, config, modules)
-    return Adapter(
-        path=path,
-        base=config["base_model_name_or_path"],
-        modules=modules,
-        embeddings=embeddings,
-        copies=copies,
-        config=config,
-        digest=digest_model(path),
-        manifest=read_manifest(path),
-    )
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(self.ranks.values())
 
 
 def factors_by_module(adapters: Sequence[Adapter]) -> dict[str, list[Factors | None]]:
     """Module name -> the factors that each adapter has for it, None where it has none, so that its delta is zero."""
-    names = sorted({name for adapter in adapters for name in adapter.modules})
-    return {name: [adapter.modules.get(name) for adapter in adapters] for name in names}
+    return {name: [adapter.modules.get(name) for adapter in adapters] for name in _modules(adapters)}
 
 
 def stack_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Factors]:
     """Module name -> factors, with scale 1, of the weighted sum of the adapters' deltas.
 
     An adapter of weight zero takes no rank: at ratio 0 or 1 the result is the other adapter alone.
+
+    Raises:
+        InputError: An adapter is more than its factors (see `require_plain`).
     """
+    require_plain({str(adapter.path): adapter for adapter in adapters})
     kept, weights = _weighted(adapters, weights)
-    return {
-        name: stack(*zip(*[(update, w) for update, w in zip(row, weights, strict=True) if update], strict=True))
-        for name, row in factors_by_module(kept).items()
-    }
+    return {name: _stacked(kept, weights, name) for name in _modules(kept)}
 
 
 def require_compatible(adapters: Mapping[str, Adapter]) -> None:
@@ -163,74 +87,178 @@ def require_compatible(adapters: Mapping[str, Adapter]) -> None:
         ):
             if given != wanted:
                 raise InputError(f"adapters differ in {what}: {first} has {wanted}, {name} has {given}")
-    seen: dict[str, tuple[str, Adapter]] = {}
+    seen: dict[str, tuple[str, tuple[int, ...], bool]] = {}
     for name, adapter in adapters.items():
-        for module, factors in adapter.modules.items():
-            before, other = seen.setdefault(module, (name, adapter))
-            expected = other.modules[module].shape
-            if factors.shape != expected or (module in adapter.embeddings) != (module in other.embeddings):
+        changes = [(module, adapter.shape(module), module in adapter.embeddings) for module in adapter.modules]
+        for what, shape, embedding in [*changes, *((f"{t} whole", s.shape, False) for t, s in adapter.saved.items())]:
+            before, expected, was_embedding = seen.setdefault(what, (name, shape, embedding))
+            if shape != expected or embedding != was_embedding:
                 raise InputError(
-                    f"adapters do not fit together at {module}: {before} changes a weight of shape {list(expected)}, "
-                    f"{name} one of shape {list(factors.shape)}"
+                    f"adapters do not fit together at {what}: {before} changes a weight of shape {list(expected)}, "
+                    f"{name} one of shape {list(shape)}"
                 )
 
 
-def adapter_bytes(adapters: Sequence[Adapter], weights: Sequence[float]) -> int:
-    """Size of the stacked factors on disk, in bytes."""
+def require_plain(adapters: Mapping[str, Adapter]) -> None:
+    """Refuse adapters, by name, that are more than their factors: what adds up factors only would lose the rest."""
+    for name, adapter in adapters.items():
+        more = _more(adapter)
+        if more:
+            raise InputError(
+                f"adapter {name} is not plain LoRA: {more[0]}",
+                given=str(adapter.path),
+                allowed="plain LoRA, or full weights of one ratio by psacpo merge --as checkpoint",
+            )
+
+
+def warnings_of(adapters: Mapping[str, Adapter]) -> list[str]:
+    """What is odd about adapters and no error, a line each."""
+    return [
+        f"the {name} adapter {adapter.path} changes nothing: all of its deltas are zero"
+        for name, adapter in adapters.items()
+        if adapter.zero
+    ]
+
+
+def adapter_bytes(adapters: Sequence[Adapter], weights: Sequence[float], *, rank: int | None = None) -> int:
+    """Size on disk of the numbers that `write_adapter` writes, in bytes."""
     kept, _ = _weighted(adapters, weights)
-    return 4 * sum(update.A.numel() + update.B.numel() for adapter in kept for update in adapter.modules.values())
+    ranks = _ranks(kept, rank)
+    count = sum(ranks[name] * sum(_shape(kept, name)) for name in ranks)
+    if any(adapter.shifts for adapter in kept):
+        count += sum(_shape(kept, name)[0] for name in ranks)
+    return 4 * (count + sum(math.prod(shape) for shape in _saved(kept).values()))
 
 
-def write_adapter(directory: Path, adapters: Sequence[Adapter], weights: Sequence[float], *, base: str) -> int:
-    """Write the weighted sum of adapters as a PEFT LoRA directory, and give its rank back.
+def write_adapter(
+    directory: Path,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    base: str,
+    rank: int | None = None,
+    model: ModelDirectory | None = None,
+) -> Written:
+    """Write the weighted sum of adapters as a PEFT LoRA directory.
 
-    Every module has lora_alpha = r, so a reader that knows no patterns finds the right scale, 1, too.
+    Deltas are stacked, which is exact, or recompressed to `rank`. Whole tensors that adapters hold (modules_to_save,
+    trained biases) become base + sum_i w_i (W_i - base). All is float32. Every module has lora_alpha = r, so a reader
+    that knows no patterns finds the right scale, 1, too. One module is in memory at a time, but for what the adapters
+    hold themselves.
+
+    Args:
+        directory: Where to; an empty directory.
+        adapters: All on one base.
+        weights: One for each, of any sign. An adapter of weight zero takes no part.
+        base: What the configuration calls the base.
+        rank: At most this rank for every module; None keeps the sum of the adapters' ranks.
+        model: The base on disk, which whole tensors need.
+
+    Raises:
+        InputError: The sum is no adapter (DoRA, a module that is adapted here and trained whole there), or `model` is
+            needed, lacks a tensor, or holds NaN or infinity.
     """
     kept, kept_weights = _weighted(adapters, weights)
-    stacked = stack_adapters(kept, kept_weights)
-    embeddings = frozenset[str]().union(*(adapter.embeddings for adapter in kept))
-    rank = max(factors.rank for factors in stacked.values())
-    patterns = _rank_pattern(stacked, rank)
-    config = {
-        "alpha_pattern": patterns,
-        "auto_mapping": kept[0].config.get("auto_mapping"),
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": kept[0].fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "peft_version": version("peft"),
-        "r": rank,
-        "rank_pattern": patterns,
-        "revision": kept[0].revision,
-        "target_modules": _target_modules(kept),
-        "task_type": kept[0].config.get("task_type"),
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    tensors = {}
-    for name, factors in stacked.items():
-        key_a, key_b = (
-            ("lora_embedding_A", "lora_embedding_B") if name in embeddings else ("lora_A.weight", "lora_B.weight")
+    require_writable(kept)
+    if model is None and _saved(kept):
+        raise InputError(
+            f"adapter {next(a for a in kept if a.saved).path} trains whole tensors of the base, which is not on disk",
+            allowed="--base with a model directory",
         )
-        tensors[f"{_PREFIX}{name}.{key_a}"] = factors.A.contiguous()
-        tensors[f"{_PREFIX}{name}.{key_b}"] = factors.B.contiguous()
+    ranks = _ranks(kept, rank)
+    shifted = any(adapter.shifts for adapter in kept)
+    errors: dict[str, float] = {}
+
+    def tensors_of(name: str) -> Iterator[torch.Tensor]:
+        factors, errors[name] = _stacked(kept, kept_weights, name), 0.0
+        if factors.rank > ranks[name]:
+            factors, errors[name] = compress(factors, ranks[name])
+        yield factors.A
+        yield factors.B
+        if shifted:
+            yield _shift(kept, kept_weights, name, factors.shape[0])
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ranks:
+        outputs, inputs = _shape(kept, name)
+        embedding = any(name in adapter.embeddings for adapter in kept)
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        shapes[f"{PREFIX}{name}.{names[0]}"] = ranks[name], inputs
+        shapes[f"{PREFIX}{name}.{names[1]}"] = outputs, ranks[name]
+        if shifted:
+            shapes[f"{PREFIX}{name}.lora_B.bias"] = (outputs,)
+    saved = _saved(kept)
+    for tensor, shape in saved.items():
+        module, _, last = tensor.rpartition(".")
+        shapes[f"{PREFIX}{module}.base_layer.{last}" if module in ranks else f"{PREFIX}{tensor}"] = shape
+
+    def values() -> Iterator[torch.Tensor]:
+        for name in ranks:
+            yield from tensors_of(name)
+        for tensor in saved:
+            assert model is not None
+            yield from _interpolated(model, kept, kept_weights, tensor)
+
+    config = _config(kept, ranks, base)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # By way of bytes: a full disk is then an OSError, which the caller can tell in words.
-    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    return rank
+    _write_tensors(directory / WEIGHTS, shapes, values())
+    return Written(ranks, errors)
 
 
-def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What rank_pattern or alpha_pattern says of a module: the first key that matches its whole end (PEFT's rule)."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def require_writable(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters whose weighted sum PEFT has no adapter for; see `write_adapter`."""
+    way = "--as checkpoint"
+    saved = tuple(sorted({name for adapter in adapters for name in _saved_modules(adapter)}))
+    for adapter in adapters:
+        if adapter.magnitudes:
+            raise InputError(
+                f"adapter {adapter.path} is DoRA (use_dora), whose weights do not add up as factors", allowed=way
+            )
+        for module in adapter.modules:
+            if excludes(saved, module):
+                raise InputError(
+                    f"adapter {adapter.path} adapts {module}, which another adapter trains whole (modules_to_save)",
+                    allowed=way,
+                )
+            if module in adapter.embeddings and any(other.shifts for other in adapters):
+                raise InputError(
+                    f"adapter {adapter.path} adapts the embedding {module} and an adapter has lora_bias, which PEFT does "
+                    "not load together",
+                    allowed=way,
+                )
+
+
+def _more(adapter: Adapter) -> list[str]:
+    """What an adapter is besides factors."""
+    saved = sorted(adapter.saved)
+    found = (
+        ("it is DoRA (use_dora)", adapter.magnitudes),
+        ("its B have biases (lora_bias)", adapter.shifts),
+        (f"it holds trained values of {saved[0] if saved else ''} (modules_to_save or bias)", saved),
+    )
+    return [what for what, there in found if there]
+
+
+def _modules(adapters: Sequence[Adapter]) -> list[str]:
+    return sorted({name for adapter in adapters for name in adapter.modules})
+
+
+def _shape(adapters: Sequence[Adapter], module: str) -> tuple[int, int]:
+    return next(adapter.shape(module) for adapter in adapters if module in adapter.modules)
+
+
+def _ranks(adapters: Sequence[Adapter], most: int | None) -> dict[str, int]:
+    """Module name -> rank of the stacked factors, or of what recompression makes of them."""
+    ranks = {name: sum(a.rank(name) for a in adapters if name in a.modules) for name in _modules(adapters)}
+    if most is None:
+        return ranks
+    return {name: rank if rank <= most else min(most, *_shape(adapters, name)) for name, rank in ranks.items()}
+
+
+def _stacked(adapters: Sequence[Adapter], weights: Sequence[float], module: str) -> Factors:
+    """Factors of the weighted sum of the deltas of one module."""
+    row = [(a.modules[module], w) for a, w in zip(adapters, weights, strict=True) if module in a.modules]
+    return stack(*zip(*row, strict=True))
 
 
 def _weighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
@@ -239,124 +267,124 @@ def _weighted(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[li
     return [adapter for adapter, _ in pairs], [weight for _, weight in pairs]
 
 
-def _require_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(f"adapter {path} is of another kind than LoRA", given=f"peft_type {kind}", allowed="LORA")
-    for name in sorted(config):
-        # Every such setting of PEFT is off when it is false, null or empty.
-        if name not in _UNDERSTOOD and config[name]:
-            raise InputError(
-                f"adapter {path} is not plain LoRA: it sets {name}",
-                given=json.dumps(config[name])[:80],
-                allowed="unset",
-            )
-    if config.get("bias", "none") != "none":
-        raise InputError(f"adapter {path} is not plain LoRA: it trains biases", given=f"bias {config['bias']}")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITIALISATIONS:
+def _shift(adapters: Sequence[Adapter], weights: Sequence[float], module: str, outputs: int) -> torch.Tensor:
+    """sum_i w_i * scale_i * (bias of lora_B), shape [outputs]; zero where no adapter has one."""
+    total = torch.zeros(outputs, dtype=torch.float64)
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if module in adapter.shifts:
+            total += adapter.shifts[module].double() * (weight * adapter.modules[module].scale)
+    return total.float()
+
+
+def _saved(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
+    """Tensor of the base of which an adapter holds trained values -> shape."""
+    return {name: saved.entry.shape for adapter in adapters for name, saved in sorted(adapter.saved.items())}
+
+
+def _interpolated(
+    model: ModelDirectory, adapters: Sequence[Adapter], weights: Sequence[float], tensor: str
+) -> Iterator[torch.Tensor]:
+    """base + sum_i w_i (trained_i - base) of one tensor, in blocks of rows, float32."""
+    name = locate(model, tensor) or tied_partner(model, tensor.rpartition(".")[0])
+    source = stored_in(model, name) if name is not None else None
+    trained: list[tuple[StoredTensor, float]] = [
+        (a.saved[tensor], w) for a, w in zip(adapters, weights, strict=True) if tensor in a.saved
+    ]
+    if source is None or source.shape != trained[0][0].shape:
         raise InputError(
-            f"adapter {path} starts from changed base weights",
-            given=f"init_lora_weights {config['init_lora_weights']}",
-            allowed="an adapter converted to plain LoRA (path_initial_model_for_weight_conversion in PEFT)",
+            f"the adapters hold trained values of {tensor}, of which base {model.path} has no float weights of the shape "
+            f"{list(trained[0][0].shape)}"
         )
-    if not isinstance(config.get("base_model_name_or_path"), str) or not config["base_model_name_or_path"]:
-        raise InputError(f"adapter {path} names no base model (base_model_name_or_path in {CONFIG})")
-    if not config.get("target_modules"):
-        raise InputError(f"adapter {path} names no target_modules in {CONFIG}")
+    for rows in source.blocks():
+        block = source.read(rows)
+        source.require_finite(block, rows)
+        own = [saved.read(rows).to(source.wide) for saved, _ in trained]
+        yield interpolate(block.to(source.wide), own, [weight for _, weight in trained]).float()
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], frozenset[str], frozenset[str]]:
-    """The factors of each module as {"A": .., "B": ..}, the modules that are embeddings, and those copied from the base."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    embeddings, copies = set(), set()
-    try:
-        with safe_open(path / WEIGHTS, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  (not a mapping)
-                found = _KEY.fullmatch(key)
-                if found is None:
-                    raise InputError(f"adapter {path} holds a tensor that is not a LoRA factor: {key}")
-                module, part = found["module"], found["part"]
-                if _PARTS[part] == "copy":
-                    copies.add(module)
-                    continue
-                if part.startswith("lora_embedding"):
-                    embeddings.add(module)
-                parts.setdefault(module, {})[_PARTS[part]] = _factor(path, key, weights.get_tensor(key))
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path / WEIGHTS} is damaged: {error}") from error
-    if not parts:
-        raise InputError(f"adapter {path} holds no LoRA factors")
-    return parts, frozenset(embeddings), frozenset(copies)
+def _write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[torch.Tensor]) -> None:
+    """A safetensors file of float32 tensors, whose values come in their order, whole or in blocks of rows."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            handle.write(value.contiguous().numpy().data)
+        size = handle.tell()
+    if size != 8 + len(text) + end:
+        raise ValueError(f"{size} bytes written where {8 + len(text) + end} were announced")
 
 
-def _factor(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise InputError(
-            f"adapter {path}: {key} is not a matrix of numbers", given=f"{tensor.dtype} of shape {list(tensor.shape)}"
-        )
-    tensor = tensor.float()
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"adapter {path}: {key} holds NaN or infinity")
-    return tensor
+def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    """adapter_config.json of the sum of adapters."""
+    rank = max(ranks.values())
+    patterns = _rank_pattern(ranks, rank)
+    biases = {adapter.settings.bias for adapter in adapters}
+    saved = sorted({name for adapter in adapters for name in _saved_modules(adapter)})
+    return {
+        "alpha_pattern": patterns,
+        "auto_mapping": adapters[0].config.get("auto_mapping"),
+        "base_model_name_or_path": base,
+        "bias": next(kind for kind in ("all", "lora_only", "none") if kind in biases),
+        "fan_in_fan_out": adapters[0].fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        **({"lora_bias": True} if any(adapter.shifts for adapter in adapters) else {}),
+        "lora_dropout": 0.0,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "peft_version": version("peft"),
+        "r": rank,
+        "rank_pattern": patterns,
+        "revision": adapters[0].revision,
+        "target_modules": _target_modules(adapters),
+        "task_type": adapters[0].config.get("task_type"),
+        "use_dora": False,
+        "use_rslora": False,
+    }
 
 
-def _factors(path: Path, config: Mapping[str, Any], module: str, parts: Mapping[str, torch.Tensor]) -> Factors:
-    if len(parts) != 2:
-        raise InputError(f"adapter {path} holds only one of the two factors of {module}")
-    A, B = parts["A"], parts["B"]
-    rank = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8))
-    if A.shape[0] != rank or B.shape[1] != rank:
-        raise InputError(
-            f"adapter {path}: the factors of {module} do not have the rank that {CONFIG} says",
-            given=f"A {list(A.shape)}, B {list(B.shape)}",
-            allowed=f"rank {rank}",
-        )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
-        raise InputError(f"adapter {path}: lora_alpha of {module} is not a number above 0", given=alpha)
-    return Factors(A, B, lora_scale(alpha, rank, rslora=bool(config.get("use_rslora"))))
-
-
-def _require_covered(path: Path, config: Mapping[str, Any], modules: Iterable[str]) -> None:
-    """Refuse factors that PEFT would not load: their module is not one of target_modules."""
-    targets = config["target_modules"]
-    if targets == "all-linear":
-        return
-    for module in modules:
-        covered = (
-            re.fullmatch(targets, module)
-            if isinstance(targets, str)
-            else any(module == target or module.endswith(f".{target}") for target in targets)
-        )
-        if not covered:
-            raise InputError(f"adapter {path} holds factors of {module}, which its target_modules do not name")
+def _saved_modules(adapter: Adapter) -> set[str]:
+    """modules_to_save of an adapter that ties nothing by itself: the output embedding is named beside the input."""
+    names = set(adapter.settings.saved)
+    if names and adapter.settings.tying:
+        modules = {tensor.rpartition(".")[0] for tensor in adapter.saved}
+        names |= {module for module in modules if not any(module.endswith(name) for name in names)}
+    return names
 
 
 def _target_modules(adapters: Sequence[Adapter]) -> list[str]:
     """Names that match the adapted modules and no other.
 
     Names that select in every adapter what it adapted select together what they adapted together. Where a selection
-    had more to it (a regular expression, some layers only), each module is named in full.
+    had more to it (a regular expression, some layers only, a tie), each module is named in full.
     """
     narrowed = ("exclude_modules", "layers_to_transform")
     by_name = all(
-        isinstance(adapter.config["target_modules"], list)
+        isinstance(adapter.settings.targets, tuple)
+        and not adapter.settings.tying
         and not any(adapter.config.get(name) not in (None, [], "") for name in narrowed)
         for adapter in adapters
     )
     if by_name:
-        return sorted({name for adapter in adapters for name in adapter.config["target_modules"]})
-    return sorted({name for adapter in adapters for name in adapter.modules})
+        return sorted({name for adapter in adapters for name in adapter.settings.targets})
+    return _modules(adapters)
 
 
-def _rank_pattern(stacked: Mapping[str, Factors], rank: int) -> dict[str, int]:
+def _rank_pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     """The modules whose rank is not `rank`: by last name where all modules of that name agree, else in full."""
     ranks_by_end: dict[str, set[int]] = {}
-    for name, factors in stacked.items():
-        ranks_by_end.setdefault(name.rpartition(".")[2], set()).add(factors.rank)
+    for name, own in ranks.items():
+        ranks_by_end.setdefault(name.rpartition(".")[2], set()).add(own)
     patterns: dict[str, int] = {}
-    for name, factors in stacked.items():
+    for name, own in ranks.items():
         end = name.rpartition(".")[2]
-        if factors.rank != rank:
-            patterns[re.escape(end) if len(ranks_by_end[end]) == 1 else f"^{re.escape(name)}"] = factors.rank
+        if own != rank:
+            patterns[re.escape(end) if len(ranks_by_end[end]) == 1 else f"^{re.escape(name)}"] = own
     return patterns

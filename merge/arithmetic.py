@@ -71,13 +71,89 @@ def stack(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     if len({update.shape for update in factors}) != 1:
         raise ValueError(f"updates of different shapes: {[update.shape for update in factors]}")
     pairs = zip(factors, weights, strict=True)
-    folded = [(update.B.double() * (weight * update.scale)).float() for update, weight in pairs]
-    return Factors(A=torch.cat([update.A.float() for update in factors]), B=torch.cat(folded, dim=1))
+    return Factors(
+        A=torch.cat([update.A.float() for update in factors]),
+        B=torch.cat([folded(update, weight).float() for update, weight in pairs], dim=1),
+    )
+
+
+def folded(factors: Factors, weight: float, rows: slice | None = None) -> torch.Tensor:
+    """weight * scale * B, some rows of it or all, multiplied in float64 and rounded once: float32, float64 if B is."""
+    B = factors.B if rows is None else factors.B[rows]
+    wide = torch.promote_types(B.dtype, torch.float32)
+    return (B.double() * (weight * factors.scale)).to(wide)
+
+
+def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
+    """The best approximation of a delta of at most the given rank, and its relative error.
+
+    With B = Q_B R_B and A^T = Q_A R_A the delta is Q_B (scale R_B R_A^T) Q_A^T, so the singular values of that small
+    core are those of the delta (Eckart-Young), and nothing of the delta's own size is made. Computed in float64.
+
+    Args:
+        factors: Of any rank.
+        rank: At least 1. Where it is no less than the delta's own, nothing is lost and the result has the smaller one.
+
+    Returns:
+        Factors with scale 1 in float32, the singular values shared evenly between A and B, and
+        ||delta - approximation|| / ||delta|| in Frobenius norm (0 for a delta of zero).
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank}")
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    left, values, right = torch.linalg.svd(factors.scale * r_b @ r_a.T, full_matrices=False)
+    kept = min(rank, len(values))
+    root = values[:kept].sqrt()
+    total, lost = float(values.square().sum()), float(values[kept:].square().sum())
+    compressed = Factors(A=(root[:, None] * (right[:kept] @ q_a.T)).float(), B=((q_b @ left[:, :kept]) * root).float())
+    return compressed, math.sqrt(lost / total) if total > 0 else 0.0
 
 
 def dense_delta(factors: Factors, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """scale * B @ A, shape [outputs, inputs], computed in `dtype`."""
     return (factors.B.to(dtype) @ factors.A.to(dtype)) * factors.scale
+
+
+def interpolate(base: torch.Tensor, trained: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """base + sum_i weights[i] * (trained[i] - base), computed in the tensors' own dtype.
+
+    As (1 - sum_i weights[i]) * base + sum_i weights[i] * trained[i], so that a weight of 1 with the rest 0 gives the
+    bits of its tensor back; `base` itself where no weight counts. Never changes its arguments.
+
+    Args:
+        base: Any shape.
+        trained: Same shape each.
+        weights: One number for each, of any sign.
+
+    Raises:
+        ValueError: Another number of weights than tensors.
+    """
+    pairs = [pair for pair in zip(trained, weights, strict=True) if pair[1] != 0]
+    if not pairs:
+        return base
+    rest = 1.0 - math.fsum(weight for _, weight in pairs)
+    if rest == 0 and len(pairs) == 1:
+        return pairs[0][0]
+    total = pairs[0][0] * pairs[0][1]
+    for tensor, weight in pairs[1:]:
+        total.add_(tensor, alpha=weight)
+    return total.add_(base, alpha=rest) if rest else total
+
+
+def dora_weight(
+    updated: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, *, transposed: bool = False
+) -> torch.Tensor:
+    """magnitude * (W + delta) / norm: the weight of a DoRA layer (arXiv 2402.09353, equation 5).
+
+    Args:
+        updated: W + delta, [outputs, inputs], or [inputs, outputs] if `transposed`; also some rows of it, with the
+            magnitudes and norms of these.
+        magnitude: [outputs].
+        norm: [outputs], of each output of `updated` over all inputs.
+    """
+    factor = magnitude / norm
+    return updated * (factor if transposed else factor[:, None])
 
 
 def add_delta(weight: torch.Tensor, factors: Factors) -> torch.Tensor:

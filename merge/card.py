@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from psacpo import __version__
-from psacpo.merge.config import OutputKind, policy_name
+from psacpo.files import read_manifest
+from psacpo.merge.config import Mix, OutputKind
+from psacpo.merge.parameters import MethodSettings
 
 # The ranks that vLLM takes for --max-lora-rank.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -40,54 +43,100 @@ def render_card(
     *,
     kind: OutputKind,
     base: str,
-    ratio: float,
+    mix: Mix,
+    sources: Sequence[str],
+    of_adapters: bool,
     digests: Mapping[str, str],
-    rank: int | None,
-    dial: Dial | None,
+    rank: int | None = None,
+    exact: bool = True,
+    dial: Dial | None = None,
 ) -> str:
     """The card's Markdown.
 
     Args:
         kind: What was written.
-        base: The base's name.
-        ratio: Weight of the safety adapter.
-        digests: Input (reward, safety, base) -> SHA-256.
+        base: Name of the base, or of the model whose layout the output has.
+        mix: What this output is made of.
+        sources: What the sources are called, in the order of the weights.
+        of_adapters: Whether the sources are adapters, so that their deltas were merged.
+        digests: Input (a source's name, base) -> digest of its weights and configuration.
         rank: Of the merged adapter; None for a checkpoint.
+        exact: Whether nothing was lost by recompression.
         dial: What the adapters know of their training.
     """
-    name = policy_name(ratio)
     head: dict[str, Any] = {
         "base_model": base,
         "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["psacpo", "merge", "safety", "alignment", *(["lora"] if kind == "adapter" else [])],
-        "ratio": ratio,
+        **({} if mix.ratio is None else {"ratio": mix.ratio}),
     }
-    sources = "\n".join(f"| {role} | `{digest}` |" for role, digest in digests.items())
     made = [
-        f"# {name}",
+        f"# {mix.name}",
         "",
-        f"`{base}` with a reward and a safety adapter merged at ratio q = {ratio:g} by psacpo {__version__}:",
+        *_what(base, mix, sources, of_adapters),
         "",
-        "    W(q) = W_base + (1 - q) * delta_reward + q * delta_safety",
+        _how(kind, of_adapters, mix, rank, exact),
         "",
-        (
-            f"The factors of both adapters are stacked (rank {rank}), which is that sum exactly."
-            if kind == "adapter"
-            else "The sum was computed in float32 and rounded once to the base's own dtype, in the base's shard layout."
-        ),
-        "",
-        "| input | SHA-256 of weights and configuration |",
+        "| input | digest of weights and configuration |",
         "|---|---|",
-        sources,
+        *(f"| {name} | `{digest}` |" for name, digest in digests.items()),
         "",
-        *_dial_lines(dial, ratio),
+        *(_dial_lines(dial, mix.ratio) if mix.ratio is not None else []),
         "## Use",
         "",
         "With this directory at `DIR`:",
         "",
     ]
-    usage = _adapter_usage(base, name, rank or 1) if kind == "adapter" else _checkpoint_usage()
+    usage = _adapter_usage(base, mix.name, rank or 1) if kind == "adapter" else _checkpoint_usage()
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n" + "\n".join([*made, *usage]) + "\n"
+
+
+def _what(base: str, mix: Mix, sources: Sequence[str], of_adapters: bool) -> list[str]:
+    """One line of what was merged, and the formula."""
+    by = f"by psacpo {__version__}"
+    if mix.weights is None:
+        settings = mix.settings
+        return [
+            f"{_listed(sources)} merged by the method `{settings.method}` {by}, with these settings:",
+            "",
+            "```yaml",
+            *yaml.safe_dump(_said(settings, sources), sort_keys=False).strip().splitlines(),
+            "```",
+        ]
+    if mix.ratio is not None:
+        what = f"`{base}` with a reward and a safety adapter" if of_adapters else "A reward and a safety model"
+        line = f"{what} merged at ratio q = {mix.ratio:g} {by}:"
+        terms = (
+            "W_base + (1 - q) * delta_reward + q * delta_safety" if of_adapters else "(1 - q) * W_reward + q * W_safety"
+        )
+        return [line, "", f"    W(q) = {terms}"]
+    what = f"`{base}` with {len(sources)} adapters" if of_adapters else f"{len(sources)} models"
+    letter = "delta" if of_adapters else "W"
+    terms = " + ".join(f"{weight:g} * {letter}[{name}]" for name, weight in zip(sources, mix.weights, strict=True))
+    return [f"{what} merged {by}:", "", f"    W = {'W_base + ' if of_adapters else ''}{terms}"]
+
+
+def _said(settings: MethodSettings, sources: Sequence[str]) -> dict[str, Any]:
+    """The settings of a method as a file would have them."""
+    shown = settings.model_dump(mode="json")
+    models = {name: own for name, own in zip(sources, shown["models"], strict=True) if own}
+    return {"method": settings.method, **({"models": models} if models else {}), **shown["shared"]}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else list(names))
+
+
+def _how(kind: OutputKind, of_adapters: bool, mix: Mix, rank: int | None, exact: bool) -> str:
+    if kind == "checkpoint":
+        layout = "the base's" if of_adapters else "the first model's"
+        return f"The result was computed in float32 and rounded once to its dtype, in {layout} shard layout."
+    if exact:
+        return f"The factors of the adapters are stacked (rank {rank}), which is that sum exactly."
+    return (
+        f"That sum is recompressed to rank {rank}, the best approximation there is; psacpo.json has each layer's error."
+    )
 
 
 def vllm_rank(rank: int) -> int | None:
@@ -147,3 +196,22 @@ def _checkpoint_usage() -> list[str]:
         "vllm serve DIR",
         "```",
     ]
+
+
+def merge_summary(outputs: Sequence[Path]) -> list[str]:
+    """What the command prints when it is done: what was taken, what was lost, what was written."""
+    manifests = [read_manifest(out) or {} for out in outputs]
+    first = manifests[0]
+    lines = [f"{name}: {path}" for name, path in first.get("sources", {}).items()]
+    lines += [f"warning: {text}" for text in first.get("warnings", [])]
+    for out, manifest in zip(outputs, manifests, strict=True):
+        errors = manifest.get("truncation", {})
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            lines.append(f"truncation error of each layer, relative, at rank {manifest['rank']}:")
+            lines += [f"  {name}  {error:.2e}" for name, error in errors.items()]
+            lines.append(f"  worst: {worst}")
+        if manifest.get("uploaded"):
+            lines.append(f"uploaded to {manifest['uploaded']}")
+        lines.append(f"wrote {out}")
+    return lines

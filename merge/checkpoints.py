@@ -1,151 +1,208 @@
-"""Full weights: a base model plus merged deltas, written shard by shard in the base's own layout."""
+"""Full weights: a base model and adapters at any number of mixes, tensor by tensor, in blocks of rows."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from psacpo.errors import InputError
-from psacpo.files import MANIFEST
-from psacpo.hub import OTHER_WEIGHTS
-from psacpo.merge.arithmetic import Factors, add_delta
+from psacpo.merge.adapter_files import Adapter
+from psacpo.merge.arithmetic import Factors, dora_weight, folded, interpolate
+from psacpo.merge.changes import Change, plan_changes, plan_deltas
+from psacpo.merge.floats import first_unfit, fits
 from psacpo.merge.models import ModelDirectory
-from psacpo.merge.tensorfiles import FLOATING, Entry
+from psacpo.merge.stored import DTYPES, StoredTensor, stored_in
+from psacpo.merge.tensorfiles import Entry
 
-_BLOCK = 1 << 20
-# Names of the output embedding in transformers' causal language models.
-_HEADS = ("lm_head", "embed_out")
-# Model types whose linear layers store weights as [inputs, outputs]; PEFT says fan_in_fan_out in their adapters.
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+if TYPE_CHECKING:
+    from psacpo.merge.shards import Blocks, Buffer, Producer
 
-
-def plan_deltas(
-    model: ModelDirectory, shapes: Mapping[str, tuple[int, int]], *, embeddings: Collection[str], fan_in_fan_out: bool
-) -> dict[str, tuple[str, bool]]:
-    """Tensor name in the base -> (module whose delta it takes, whether the delta is transposed to fit).
-
-    Args:
-        model: The base.
-        shapes: Module name -> [outputs, inputs] of its delta.
-        embeddings: The modules that are embeddings, whose weight is [inputs, outputs].
-        fan_in_fan_out: Whether the other weights are [inputs, outputs] too.
-
-    Raises:
-        InputError: A delta finds no weight, one of another shape or of no floating dtype, or one that is tied.
-    """
-    kind = model.config.get("model_type")
-    if kind in _CONV1D and not fan_in_fan_out:
-        raise InputError(
-            f"base {model.path} is of type {kind}", allowed="adapters with fan_in_fan_out, or --as adapter"
-        )
-    plan = {}
-    for module, shape in shapes.items():
-        head = module.rpartition(".")[2] in _HEADS
-        if (module in embeddings or head) and model.ties_embeddings:
-            raise InputError(
-                f"the adapters change {module}, which base {model.path} ties to its other embedding",
-                allowed="--as adapter, or adapters on other modules",
-            )
-        name = f"{module}.weight"
-        found = model.find(name)
-        if found is None:
-            raise InputError(f"the adapters change {module}, but base {model.path} has no weight {name}")
-        transposed = module in embeddings or (fan_in_fan_out and not head)
-        expected = shape[::-1] if transposed else shape
-        if found[1].shape != expected:
-            raise InputError(
-                f"shape mismatch at {module}: the adapters change a weight of shape {list(expected)}, the base has "
-                f"{list(found[1].shape)}"
-            )
-        if found[1].dtype not in FLOATING:
-            raise InputError(
-                f"base {model.path} has no float weights at {module}", given=found[1].dtype, allowed=", ".join(FLOATING)
-            )
-        plan[name] = (module, transposed)
-    return plan
+__all__ = ["delta_producer", "plan_deltas"]
 
 
-def side_files(model: ModelDirectory) -> list[str]:
-    """Names of what is copied verbatim: configuration, tokenizer, chat templates, licence, code; no other weights."""
-    top = [
-        file
-        for file in model.path.iterdir()
-        if file.is_file()
-        and not file.name.startswith(".")
-        and file.suffix not in (*OTHER_WEIGHTS, ".safetensors")
-        and not file.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        and file.name not in (MANIFEST, "README.md")
-    ]
-    more = [file for file in (model.path / "additional_chat_templates").glob("*") if file.is_file()]
-    index = [model.index] if model.index else []
-    return sorted([file.relative_to(model.path).as_posix() for file in [*top, *more]] + index)
+def delta_producer(
+    base: ModelDirectory, adapters: Sequence[Adapter], mixes: Sequence[Sequence[float]], *, dtype: str | None = None
+) -> Producer:
+    """What `psacpo.merge.shards.write_shards` asks for the bytes of each tensor of base + adapters, a buffer a mix.
 
-
-def checkpoint_bytes(model: ModelDirectory) -> int:
-    """Size of the output on disk, in bytes: that of what is copied and of the shards, which keep their size."""
-    return sum((model.path / name).stat().st_size for name in [*side_files(model), *model.shards])
-
-
-def write_checkpoint(
-    directory: Path,
-    model: ModelDirectory,
-    deltas: Mapping[str, Factors],
-    plan: Mapping[str, tuple[str, bool]],
-    *,
-    done: Callable[[], None] = lambda: None,
-) -> None:
-    """Write base + deltas as a model directory with the base's shards, headers and offsets, one tensor at a time.
+    Each tensor is W + sum_i w_i (W_i - W), W_i what adapter i makes of it: computed in float32 (float64 where the base
+    is), rounded once. One read of the base serves all mixes, and each mix has the bits that it would have alone. An
+    adapter of weight zero does not take part, so that the ends of a dial are the adapters' own merges.
 
     Args:
-        directory: An empty directory.
-        model: The base.
-        deltas: Module name -> factors.
-        plan: From `plan_deltas`; tensors not in it, and those whose module has no delta, are copied as bytes.
-        done: Called after each shard.
+        base: The base, whose layout the outputs have.
+        adapters: All on this base.
+        mixes: For each output a weight for each adapter, of any sign.
+        dtype: Output dtype as safetensors calls it; None keeps each tensor's own.
 
     Raises:
-        InputError: A merged weight is not finite in the base's dtype.
+        InputError: Here: an adapter that does not fit the base. While producing: a number in the base that is not
+            finite, by file, tensor and index; a result that is not finite in the output's dtype.
+        ValueError: A mix of another length.
     """
-    for name in side_files(model):
-        target = directory / name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(model.path / name, target)
-    for shard, (begin, entries) in model.shards.items():
-        source_path = model.path / shard
-        with (
-            source_path.open("rb") as source,
-            (directory / shard).open("wb") as target_file,
-            safe_open(source_path, framework="pt") as weights,
-        ):
-            _copy(source, target_file, 0, begin)
-            for name, entry in entries.items():
-                module, transposed = plan.get(name, (None, False))
-                if module is None or module not in deltas:
-                    _copy(source, target_file, begin + entry.start, entry.end - entry.start)
-                    continue
-                factors = deltas[module].transposed() if transposed else deltas[module]
-                target_file.write(_merged_bytes(name, entry, weights.get_tensor(name), factors))
-        done()
+    if any(len(mix) != len(adapters) for mix in mixes):
+        raise ValueError(f"mixes {mixes} for {len(adapters)} adapters")
+    plan = plan_changes(base, adapters)
+
+    def produce(name: str, entry: Entry) -> Blocks | None:
+        source = stored_in(base, name)
+        if source is None:
+            return None
+        stored = DTYPES[dtype or source.entry.dtype]
+        if name not in plan:
+            return _unchanged(source, len(mixes), stored)
+        return _Tensor(source, plan[name], adapters).blocks(mixes, stored)
+
+    return produce
 
 
-def _merged_bytes(name: str, entry: Entry, weight: torch.Tensor, factors: Factors) -> Any:
-    """The bytes of weight + delta, as a view of the tensor's memory."""
-    merged = add_delta(weight, factors)
-    if not torch.isfinite(merged).all():
-        raise InputError(f"the merged weight {name} is not finite in the base's dtype {entry.dtype}")
-    return merged.view(torch.uint8).numpy().data
+def _unchanged(source: StoredTensor, outputs: int, dtype: torch.dtype) -> Blocks:
+    memory = _Memory(source, dtype)
+    for rows in source.blocks():
+        values = source.read(rows, memory.read)
+        source.require_finite(values, rows)
+        same = dtype == source.dtype
+        buffer = _bytes(values) if same else memory.rounded(memory.widened(values), values, rows)
+        yield rows.start * source.row * dtype.itemsize, [buffer] * outputs
 
 
-def _copy(source: BinaryIO, target: BinaryIO, start: int, length: int) -> None:
-    source.seek(start)
-    while length:
-        block = source.read(min(_BLOCK, length))
-        if not block:
-            raise InputError(f"{source.name} ended early")
-        target.write(block)
-        length -= len(block)
+def _bytes(values: torch.Tensor) -> Buffer:
+    return values.reshape(-1).view(torch.uint8).numpy()
+
+
+class _Memory:
+    """Room for one block of a tensor: as it is read, in what it is computed in, as it is written."""
+
+    def __init__(self, source: StoredTensor, dtype: torch.dtype) -> None:
+        size = max(((rows.stop - rows.start) * source.row for rows in source.blocks()), default=0)
+        self.source = source
+        self.kind = next(name for name, known in DTYPES.items() if known == dtype)
+        self.read = torch.empty(size, dtype=source.dtype)
+        self.wide = torch.empty(size, dtype=source.wide)
+        self.write = torch.empty(size, dtype=dtype)
+
+    def widened(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of values, of their shape, that may be worked on."""
+        return self.wide[: values.numel()].view(values.shape).copy_(values)
+
+    def rounded(self, values: torch.Tensor, read: torch.Tensor, rows: slice) -> Buffer:
+        """The bytes of values made of some rows; `read`: the numbers of the base that they were made of."""
+        flat = values.view(-1)
+        if not fits(flat.numpy(), self.kind):
+            # The base's own numbers are to blame before what was made of them.
+            self.source.require_finite(read, rows)
+            of = "the base's dtype" if self.write.dtype == self.source.dtype else "dtype"
+            place = rows.start * self.source.row + (first_unfit(flat.numpy(), self.kind) or 0)
+            index = [*map(int, np.unravel_index(place, self.source.shape))]
+            raise InputError(
+                f"the merged weight {self.source.name} is not finite in {of} {self.kind}, at index {index}"
+            )
+        return _bytes(self.write[: flat.numel()].copy_(flat))
+
+
+class _Tensor:
+    """One tensor of the base, and what each adapter makes of it."""
+
+    def __init__(self, source: StoredTensor, change: Change, adapters: Sequence[Adapter]) -> None:
+        self.source, self.transposed = source, change.transposed
+        self.wide = source.wide
+        self.deltas: dict[int, Factors] = {}
+        self.shifts: dict[int, torch.Tensor] = {}
+        self.saved: dict[int, StoredTensor] = {}
+        self.dora: dict[int, tuple[Factors, torch.Tensor]] = {}
+        for part in change.parts:
+            adapter = adapters[part.adapter]
+            if part.kind == "saved":
+                self.saved[part.adapter] = adapter.saved[part.name]
+                continue
+            if part.kind == "shift":
+                scale = adapter.modules[part.name].scale
+                self.shifts[part.adapter] = (adapter.shifts[part.name].double() * scale).to(self.wide)
+                continue
+            factors = adapter.modules[part.name]
+            factors = factors.transposed() if self.transposed else factors
+            # Whole rows of B are read block by block.
+            factors = Factors(factors.A.to(self.wide).contiguous(), factors.B.to(self.wide).contiguous(), factors.scale)
+            if part.kind == "dora":
+                self.dora[part.adapter] = factors, adapter.magnitudes[part.name].to(self.wide)
+            else:
+                self.deltas[part.adapter] = factors
+
+    def blocks(self, mixes: Sequence[Sequence[float]], dtype: torch.dtype) -> Blocks:
+        used = {index for mix in mixes for index, weight in enumerate(mix) if weight != 0}
+        norms = self._column_norms([index for index in self.dora if index in used]) if self.transposed else {}
+        stacked: dict[tuple[int, ...], torch.Tensor] = {}
+        for mix in mixes:
+            owners = tuple(index for index in self.deltas if mix[index] != 0)
+            if owners and owners not in stacked:
+                stacked[owners] = torch.cat([self.deltas[index].A for index in owners])
+        memory = _Memory(self.source, dtype)
+        for rows in self.source.blocks():
+            values = self.source.read(rows, memory.read)
+            if self.saved:  # at weight 1 nothing of the base is left, nor of what is wrong with it
+                self.source.require_finite(values, rows)
+            whole = self._whole(rows, values, used, norms)
+            mixed = (self._mixed(mix, rows, values, whole, stacked, memory) for mix in mixes)
+            # One after the other, in one memory, whatever the number of mixes.
+            yield (
+                rows.start * self.source.row * dtype.itemsize,
+                (memory.rounded(value, values, rows) for value in mixed),
+            )
+
+    def _mixed(
+        self,
+        mix: Sequence[float],
+        rows: slice,
+        values: torch.Tensor,
+        whole: Mapping[int, torch.Tensor],
+        stacked: Mapping[tuple[int, ...], torch.Tensor],
+        memory: _Memory,
+    ) -> torch.Tensor:
+        """Rows of the tensor at one mix, not yet rounded."""
+        if any(mix[index] != 0 for index in whole):
+            block = values.to(self.wide)
+            values = interpolate(block, list(whole.values()), [mix[index] for index in whole])
+        value = memory.widened(values)
+        owners = tuple(index for index in self.deltas if mix[index] != 0)
+        if owners:
+            value.addmm_(
+                torch.cat([folded(self.deltas[index], mix[index], rows) for index in owners], dim=1), stacked[owners]
+            )
+        for index, shift in self.shifts.items():
+            if mix[index] != 0:
+                value.add_(shift[rows], alpha=mix[index])
+        return value
+
+    def _whole(
+        self, rows: slice, values: torch.Tensor, used: set[int], norms: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Rows of W_i of each adapter that does not just add something to W."""
+        whole = {}
+        for index, tensor in self.saved.items():
+            if index in used:
+                whole[index] = tensor.read(rows).to(self.wide)
+        for index, (factors, magnitude) in self.dora.items():
+            if index not in used:
+                continue
+            updated = torch.addmm(values.to(self.wide), folded(factors, 1.0, rows), factors.A)
+            if self.transposed:
+                whole[index] = dora_weight(updated, magnitude, norms[index], transposed=True)
+            else:
+                norm = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64).to(self.wide)
+                whole[index] = dora_weight(updated, magnitude[rows], norm)
+        return whole
+
+    def _column_norms(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Adapter -> the norms of the columns of W + delta, shape [outputs]: a pass through the tensor of its own."""
+        squares = {index: torch.zeros(self.source.row, dtype=torch.float64) for index in indices}
+        for rows in self.source.blocks() if indices else ():
+            values = self.source.read(rows)
+            self.source.require_finite(values, rows)
+            for index in indices:
+                factors, _ = self.dora[index]
+                updated = torch.addmm(values.to(self.wide), folded(factors, 1.0, rows), factors.A)
+                squares[index] += updated.double().square_().sum(dim=0)
+        return {index: total.sqrt().to(self.wide) for index, total in squares.items()}

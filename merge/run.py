@@ -1,4 +1,4 @@
-"""The job: read two adapters, check everything, write the policy at each ratio."""
+"""The job: read the sources, check everything, write the policy of each mix."""
 
 from __future__ import annotations
 
@@ -7,138 +7,170 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from psacpo.console import progress
+from psacpo.console import progress, say
 from psacpo.errors import InputError
-from psacpo.files import atomic_directory, readable_io_errors, require_free_space, require_unused, write_manifest
-from psacpo.merge.adapters import (
-    Adapter,
-    adapter_bytes,
-    factors_by_module,
-    read_adapter,
-    require_compatible,
-    stack_adapters,
-    write_adapter,
+from psacpo.files import (
+    atomic_directory,
+    digest,
+    free_space,
+    readable_io_errors,
+    require_apart,
+    require_free_space,
+    require_unused,
+    resumable_directory,
+    write_manifest,
 )
-from psacpo.merge.bases import Base, find_base
-from psacpo.merge.card import Dial, render_card
-from psacpo.merge.checkpoints import checkpoint_bytes, plan_deltas, write_checkpoint
-from psacpo.merge.config import MergeConfig, policy_name
-from psacpo.merge.models import ModelDirectory, read_model
+from psacpo.merge.card import render_card
+from psacpo.merge.config import MergeConfig, Mix
+from psacpo.merge.jobs import Job, prepare
+from psacpo.merge.progress import Finished
+from psacpo.merge.signatures import signature
+from psacpo.merge.upload import require_repository, upload
 
 # Card, manifest and configuration of one output, generously.
 _SMALL_FILES = 1 << 18
 
 
 def merge(config: MergeConfig) -> list[Path]:
-    """Write W(q) = W_base + (1-q) * delta_reward + q * delta_safety for each ratio q.
+    """Write the policy of each mix: W(q) = W_base + (1-q) * delta_reward + q * delta_safety for each ratio q.
 
-    Everything is checked before anything is written; each output appears whole or not at all.
+    Everything is checked before anything is written; each output appears whole or not at all. A merge that was
+    interrupted goes on when it is called again with the same sources and settings, and ends in the same bytes.
 
     Returns:
-        The output directories in the order of the ratios: `config.out` itself for one ratio, else directories in it.
+        The output directories in the order of the ratios: `config.out` itself for one mix, else directories in it.
 
     Raises:
         InputError: Bad input, an output that is in use, no space.
     """
-    outputs = _outputs(config)
-    adapters = {"reward": read_adapter(config.reward), "safety": read_adapter(config.safety)}
-    require_compatible(adapters)
-    base = find_base(config.base, adapters, on_disk=config.as_ == "checkpoint")
-    _require_apart(outputs.values(), [config.reward, config.safety, *([base.path] if base.path else [])])
-    pair = list(adapters.values())
-    if config.as_ == "checkpoint":
-        assert base.path is not None
-        model = read_model(base.path)
-        plan = _plan(model, adapters)
-        needed = checkpoint_bytes(model) * len(outputs)
-        shards = len(model.shards)
-    else:
-        model, plan, shards = None, {}, 1
-        needed = sum(adapter_bytes(pair, _weights(ratio)) for ratio in outputs)
-    require_free_space(config.out, needed + _SMALL_FILES * len(outputs))
+    mixes = config.mixes()
+    outputs = {mix.name: config.out if len(mixes) == 1 else config.out / mix.name for mix in mixes}
+    _require_writable(outputs.values())
+    job = prepare(config, mixes)
+    for out in outputs.values():
+        require_apart(out, job.places, replaced=True)
+    finished = Finished(config.out, job.key, many=len(mixes) > 1)
+    left = [mix for mix in mixes if not finished.has(outputs[mix.name])]
+    for mix in left:
+        require_unused(outputs[mix.name], overwrite=config.overwrite)
+    require_free_space(config.out, _needed(job, left))
+    if config.push_to_hub is not None:
+        require_repository(config.push_to_hub, private=config.private)
+    for text in job.warnings:
+        say(f"warning: {text}")
 
-    with _no_empty_parents(next(iter(outputs.values()))), progress("merge", len(outputs) * shards) as advance:
-        for ratio, out in outputs.items():
-            with atomic_directory(out, overwrite=config.overwrite) as directory:
-                rank = None
-                if model is None:
-                    rank = write_adapter(directory, pair, _weights(ratio), base=base.name)
-                    advance()
-                else:
-                    write_checkpoint(directory, model, stack_adapters(pair, _weights(ratio)), plan, done=advance)
-                _describe(directory, config, adapters, base, ratio, rank)
+    @contextlib.contextmanager
+    def directory(mix: Mix) -> Iterator[Path]:
+        out = outputs[mix.name]
+        with _output(job, out, mix, overwrite=config.overwrite) as place:
+            yield place
+        finished.add(out)
+
+    def describe(mix: Mix, place: Path, found: Mapping[str, Any]) -> None:
+        _describe(place, config, job, mix, found)
+
+    with _no_empty_parents(next(iter(outputs.values()))), progress("merge", job.work * len(left)) as advance:
+        try:
+            job.write(left, directory, describe, advance)
+        except Exception:
+            finished.forget()
+            raise
+    finished.forget()
+    if config.push_to_hub is not None:
+        say(f"uploaded to {upload(config.push_to_hub, list(outputs.values()))}")
     return list(outputs.values())
 
 
-def _weights(ratio: float) -> tuple[float, float]:
-    """Weights of (reward, safety) at a ratio."""
-    return 1.0 - ratio, ratio
+def plan(config: MergeConfig) -> dict[str, Any]:
+    """What `merge` would read and write, after all of its checks and before any work.
+
+    Raises:
+        InputError: Whatever `merge` would refuse before the work.
+    """
+    mixes = config.mixes()
+    job = prepare(config, mixes)
+    outputs = [config.out if len(mixes) == 1 else config.out / mix.name for mix in mixes]
+    _require_writable(outputs)
+    for out in outputs:
+        require_apart(out, job.places, replaced=True)
+        require_unused(out, overwrite=config.overwrite)
+    needed = _needed(job, mixes)
+    require_free_space(config.out, needed)
+    return {
+        "sources": ", ".join(f"{name} {place}" for name, place in job.sources.items()),
+        "base": job.base,
+        "as": job.kind,
+        "outputs": ", ".join(map(str, outputs)),
+        "tensors": job.tensors,
+        "reads": _size(job.bytes_in),
+        "writes": _size(needed),
+        "free disk": _size(free_space(config.out)),
+        "peak memory": f"about {_size(job.memory)}",
+        **({"warnings": "; ".join(job.warnings)} if job.warnings else {}),
+    }
 
 
-def _outputs(config: MergeConfig) -> dict[float, Path]:
-    """Ratio -> its output directory, none of them in use."""
-    one = len(config.ratios) == 1
-    outputs = {ratio: config.out if one else config.out / policy_name(ratio) for ratio in config.ratios}
-    for out in outputs.values():
+def _needed(job: Job, mixes: Sequence[Mix]) -> int:
+    return sum(job.bytes_out(mix) for mix in mixes) + _SMALL_FILES * len(mixes)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _output(job: Job, out: Path, mix: Mix, *, overwrite: bool) -> contextlib.AbstractContextManager[Path]:
+    """The directory of one output while it is written: full weights take long enough to be worth going on with."""
+    if job.kind == "adapter":
+        return atomic_directory(out, overwrite=overwrite)
+    return resumable_directory(out, key=digest([job.key, mix.name]), overwrite=overwrite)
+
+
+def _require_writable(outputs: Iterable[Path]) -> None:
+    for out in outputs:
         with readable_io_errors(out):
-            nearest = next(parent for parent in out.absolute().parents if parent.exists())
+            nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
             if not nearest.is_dir():
                 raise InputError(f"cannot write {out}: {nearest} is a file, not a directory")
-            require_unused(out, overwrite=config.overwrite)
-    return outputs
 
 
-def _require_apart(outputs: Iterable[Path], inputs: Sequence[Path]) -> None:
-    """Refuse an output that would replace an input or change its digest."""
-    for out in outputs:
-        for given in inputs:
-            one, other = out.resolve(), given.resolve()
-            if one == other or one in other.parents or other in one.parents:
-                raise InputError(f"output {out} and input {given} overlap", allowed="an output outside the inputs")
-
-
-def _plan(model: ModelDirectory, adapters: Mapping[str, Adapter]) -> dict[str, tuple[str, bool]]:
-    """Where each delta of either adapter goes in the base's weights."""
-    pair = list(adapters.values())
-    shapes = {
-        module: next(factors.shape for factors in row if factors is not None)
-        for module, row in factors_by_module(pair).items()
-    }
-    embeddings = frozenset[str]().union(*(adapter.embeddings for adapter in pair))
-    return plan_deltas(model, shapes, embeddings=embeddings, fan_in_fan_out=pair[0].fan_in_fan_out)
-
-
-def _describe(
-    directory: Path, config: MergeConfig, adapters: Mapping[str, Adapter], base: Base, ratio: float, rank: int | None
-) -> None:
+def _describe(directory: Path, config: MergeConfig, job: Job, mix: Mix, found: Mapping[str, Any]) -> None:
     """Write card and manifest. Neither says where the output lies, so that equal inputs give equal bytes."""
-    digests = {role: adapter.digest for role, adapter in adapters.items()}
-    base_digest = base.digest or next((a.base_digest for a in adapters.values() if a.base_digest), None)
-    known = {"base": base_digest} if base_digest else {}
-    dial = _dial(adapters)
-    card = render_card(kind=config.as_, base=base.name, ratio=ratio, digests=known | digests, rank=rank, dial=dial)
+    more = dict(found)
+    digests = {**job.digests, **more.pop("inputs", {})}
+    dial = job.facts.get("dial")
+    card = render_card(
+        kind=job.kind,
+        base=job.base,
+        mix=mix,
+        sources=list(job.sources),
+        of_adapters=job.of_adapters,
+        digests=digests,
+        rank=more.get("rank"),
+        exact=not more.get("truncation"),
+        dial=dial,
+    )
     (directory / "README.md").write_text(card, encoding="utf-8")
-    more: dict[str, Any] = {"policy": policy_name(ratio), "ratio": ratio, "base_digest": base_digest}
-    if dial is not None:
-        weight, beta = dial.effective(ratio)
-        more |= {"lambda": weight, "safety_beta": beta if ratio else None}
-    settings = config.model_dump(mode="json", by_alias=True, exclude={"out", "overwrite", "ratios"})
-    settings |= {"base": base.name, "ratios": [ratio]}
-    write_manifest(directory, kind="policy", config=settings, inputs=known | digests, seeds={}, **more)
-
-
-def _dial(adapters: Mapping[str, Adapter]) -> Dial | None:
-    """beta and lambda of stepwise training, where the safety adapter is known to have started at this reward adapter.
-
-    Of other pairs the theorem says nothing.
-    """
-    reward, safety = adapters["reward"], adapters["safety"]
-    after, before = safety.manifest or {}, reward.manifest or {}
-    beta, weight = before.get("beta"), after.get("lambda")
-    stepwise = (after.get("inputs") or {}).get("start") == reward.digest
-    if not stepwise or not isinstance(beta, int | float) or not isinstance(weight, int | float) or weight <= 0:
-        return None
-    return Dial(beta=float(beta), lambda_bar=float(weight))
+    said: dict[str, Any] = {"policy": mix.name, "ratio": mix.ratio, "base_digest": job.facts.get("base_digest")}
+    if dial is not None and mix.ratio is not None:
+        weight, beta = dial.effective(mix.ratio)
+        said |= {"lambda": weight, "safety_beta": beta if mix.ratio else None}
+    settings = config.model_dump(
+        mode="json", by_alias=True, exclude={"out", "overwrite", "ratios", "push_to_hub", "private"}
+    )
+    settings |= {"as": job.kind, **({"base": job.base} if job.of_adapters else {})}
+    settings |= {"ratios": [mix.ratio] if mix.ratio is not None else []}
+    sources = {name: str(place) for name, place in job.sources.items()}
+    write_manifest(
+        directory,
+        kind="policy",
+        config=settings,
+        inputs=digests,
+        seeds={"merge": config.seed} if signature(config.method).random else {},
+        sources=sources,
+        **said,
+        **({"warnings": list(job.warnings)} if job.warnings else {}),
+        **more,
+    )
 
 
 @contextlib.contextmanager

@@ -78,8 +78,8 @@ def test_the_two_commands_work_as_typed(project: Path) -> None:
     merged = psacpo_command("merge", "--ratio", "0.3", cwd=project)
     assert merged.returncode == 0, merged.stderr
     assert merged.stdout.splitlines() == [
-        "reward adapter: reward",
-        "safety adapter: safety",
+        "reward: reward",
+        "safety: safety",
         "wrote policies/policy@0.30",
     ]
     assert (project / "policies" / "policy@0.30" / "adapter_model.safetensors").is_file()
@@ -160,7 +160,7 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         (["merge", "--ratio", "abc"], ["ratio 'abc' is not a number", "0 to 1"]),
         (["merge", "--ratio", "1.5"], ["ratio 1.5 is out of range"]),
         (["merge", "--ratio", "0.3", "--as", "gguf"], ["gguf", "adapter"]),
-        (["merge", "--ratio", "0.3", "--reward", "nowhere", "--out", "new"], ["no adapter directory at nowhere"]),
+        (["merge", "--ratio", "0.3", "--reward", "nowhere", "--out", "new"], ["no reward model nowhere", "no directory nowhere"]),
         (["merge", "--ratio", "0.3", "--reward", "frontier.nope", "--out", "new"], ["frontier.nope"]),
         (["merge", "--ratio", "0.3", "--base", ".", "--out", "new"], ["not a model directory"]),
         (["merge"], ["--ratio"]),
@@ -238,9 +238,9 @@ def test_ctrl_c_is_130(project: Path, tmp_path: Path) -> None:
 
 def test_sigterm_leaves_nothing_half_written(project: Path, tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys, psacpo.merge.run as run\n"
+        "import os, signal, sys, psacpo.merge.adapter_jobs as adapter_jobs\n"
         "def stopped(*arguments, **options): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "run.write_adapter = stopped\n"
+        "adapter_jobs.write_adapter = stopped\n"
         "from psacpo.cli import main\n"
         f"sys.argv = ['psacpo', 'merge', '--ratio', '0.3', '--out', {str(tmp_path / 'x')!r}]\n"
         "main()\n"

@@ -84,6 +84,8 @@ def test_outputs_and_inputs_lie_apart(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="lies in the input"):
             files.require_apart(out, [model])
     files.require_apart(tmp_path / "project", [model])
+    with pytest.raises(InputError, match="holds the input"):
+        files.require_apart(model.parent, [model], replaced=True)
 
 
 def test_digests_follow_content_and_names_only(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_align_leaves_a_recipe_that_works_where_it_lies(tmp_path: Path) -> None:
     source.leave(config)
     left = Project.find(config.out)
     merged = left.merge(ratios=[0.5])
-    assert (merged.base, merged.reward) == (str(tmp_path / "model"), tmp_path / "elsewhere" / "reward")
+    assert (merged.base, merged.reward) == (str(tmp_path / "model"), str(tmp_path / "elsewhere" / "reward"))
     assert left.align().stages == config.stages
     assert left.frontier().judges == source.frontier().judges
     # In its own directory the user's file is left alone, comments and all.

@@ -22,10 +22,12 @@ from psacpo.merge.adapters import (
     pattern_value,
     read_adapter,
     require_compatible,
+    require_plain,
     stack_adapters,
     write_adapter,
 )
 from psacpo.merge.arithmetic import dense_delta
+from psacpo.merge.lora_config import UNDERSTOOD
 
 MakeAdapter = Callable[..., Path]
 IDS = torch.tensor([[0, 5, 17, 42, 9, 100, 3, 77]])
@@ -276,17 +278,18 @@ def test_patterns_match_as_in_peft(patterns: dict[str, int], module: str) -> Non
 
 # What is not plain LoRA, by the option of PEFT that makes it.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "not plain LoRA: it sets use_dora"),
-    "lora_bias": ({"lora_bias": True}, "it sets lora_bias"),
-    "bias": ({"bias": "lora_only"}, "it trains biases; given: bias lora_only"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "it sets modules_to_save"),
-    "pissa": ({"init_lora_weights": "pissa"}, "starts from changed base weights; given: init_lora_weights pissa"),
+    "dora": ({"use_dora": True}, "lacks a magnitude for model.layers.0.mlp.down_proj; given: use_dora true"),
+    "lora_bias": ({"lora_bias": True}, "lacks a bias of lora_B for .*; given: lora_bias true"),
+    "pissa": ({"init_lora_weights": "pissa"}, 'starts from changed base weights; given: init_lora_weights "pissa"'),
     "replication": ({"layer_replication": [[0, 2]]}, "it sets layer_replication"),
     "unheard of": ({"use_new_thing": True}, "it sets use_new_thing; given: true"),
     "another kind": ({"peft_type": "IA3"}, "of another kind than LoRA; given: peft_type IA3; allowed: LORA"),
     "no base": ({"base_model_name_or_path": None}, "names no base model"),
     "rank": ({"r": 5}, r"do not have the rank that adapter_config.json says; given: A \[4, .*; allowed: rank 5"),
-    "alpha": ({"lora_alpha": "8"}, "is not a number above 0; given: 8"),
+    "alpha": (
+        {"lora_alpha": "8"},
+        r'lora_alpha in adapter_config.json is wrong; given: "8"; allowed: a number above 0',
+    ),
     "targets": ({"target_modules": ["q_proj"]}, "which its target_modules do not name"),
     "target regex": ({"target_modules": ".*q_proj"}, "which its target_modules do not name"),
 }
@@ -301,13 +304,27 @@ def test_anything_else_is_refused_by_name(kind: str, two_adapters: tuple[Path, P
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}]
+    ("options", "words"),
+    [
+        ({"use_dora": True}, r"adapter a is not plain LoRA: it is DoRA \(use_dora\)"),
+        ({"lora_bias": True}, r"adapter a is not plain LoRA: its B have biases \(lora_bias\)"),
+        ({"modules_to_save": ["lm_head"]}, "adapter a is not plain LoRA: it holds trained values of lm_head.weight"),
+    ],
 )
-def test_real_adapters_of_other_kinds_are_refused(
-    options: dict[str, Any], tiny_llama: Path, make_adapter: MakeAdapter
+def test_what_is_more_than_factors_is_not_plain(
+    options: dict[str, Any], words: str, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
-    with pytest.raises(InputError, match=f"it sets {next(iter(options))}"):
-        read_adapter(make_adapter(tiny_llama, seed=31, target_modules=["q_proj"], **options))
+    adapter = read_adapter(make_adapter(tiny_llama, seed=31, target_modules=["q_proj"], **options))
+    with pytest.raises(InputError, match=words):
+        require_plain({"a": adapter})
+    with pytest.raises(InputError, match="is not plain LoRA"):
+        stack_adapters([adapter], [1.0])
+
+
+def test_trained_tokens_are_refused(tiny_llama: Path, make_adapter: MakeAdapter) -> None:
+    path = make_adapter(tiny_llama, seed=31, target_modules=["q_proj"], trainable_token_indices=[1])
+    with pytest.raises(InputError, match="it sets trainable_token_indices"):
+        read_adapter(path)
 
 
 def _first(tensors: dict[str, torch.Tensor]) -> str:
@@ -317,10 +334,10 @@ def _first(tensors: dict[str, torch.Tensor]) -> str:
 TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "unconsumed key": (
         lambda t: t.__setitem__("base_model.model.model.norm.weight", torch.ones(3)),
-        "holds a tensor that is not a LoRA factor: base_model.model.model.norm.weight",
+        "holds a tensor that is not a LoRA factor, nor trained by .*: base_model.model.model.norm.weight",
     ),
     "one factor": (lambda t: t.__delitem__(_first(t)), "holds only one of the two factors of model.layers.0.mlp.down"),
-    "nan": (lambda t: t[_first(t)].fill_(float("nan")), "lora_A.weight holds NaN or infinity"),
+    "nan": (lambda t: t[_first(t)].fill_(float("nan")), "lora_A.weight holds nan at index"),
     "convolution": (lambda t: t.__setitem__(_first(t), t[_first(t)][..., None]), "is not a matrix of numbers"),
     "nothing": (lambda t: t.clear(), "holds no LoRA factors"),
 }
@@ -377,7 +394,5 @@ def test_adapters_of_other_shapes_do_not_fit_together(
 
 def test_config_defaults_of_peft_are_all_plain() -> None:
     """A setting that PEFT adds with a default that is not off would make every adapter refused: learn of it here."""
-    from psacpo.merge.adapters import _UNDERSTOOD
-
     defaults = LoraConfig(target_modules=["q_proj"]).to_dict()
-    assert [name for name, value in defaults.items() if value and name not in _UNDERSTOOD] == []
+    assert [name for name, value in defaults.items() if value and name not in UNDERSTOOD] == []

@@ -1,0 +1,130 @@
+"""Weighted sums of arrays of stored numbers, rounded once: sum_i w_i * x_i. numpy only; no files, no models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from psacpo.merge.floats import STORAGE, Array, first_unfit, fits, narrow, widen, working_dtype
+
+# Weights whose sum is as near as this to 1 sum to 1: the rest is the rounding of decimal fractions.
+_ONE = 1e-15
+
+
+class NotFinite(ArithmeticError):
+    """A number that is not finite.
+
+    Attributes:
+        source: The array that holds it; None for a sum of finite numbers that is not finite in the output's dtype.
+        place: Its index in the array.
+        value: The number; that of a sum before it is rounded.
+    """
+
+    def __init__(self, source: int | None, place: int, value: float) -> None:
+        super().__init__(f"{value} at {place}")
+        self.source, self.place, self.value = source, place, value
+
+
+class Blend:
+    """Weighted sums of up to `size` numbers of each source, with the memory that they take.
+
+    A sum is in float32, or float64 where a source or the output is. Weights that sum to 1 are applied as
+    x_0 + sum_i w_i * (x_i - x_0), so that equal sources give themselves; a weight of 1 alone gives the source's bits.
+
+    Args:
+        stored: For each source its dtype, as safetensors calls it.
+        mixes: For each sum one weight a source.
+        dtype: Of the sums.
+        size: The most numbers that come at once.
+    """
+
+    def __init__(self, stored: Sequence[str], mixes: Sequence[Sequence[float]], dtype: str, size: int) -> None:
+        self.stored, self.mixes, self.dtype = list(stored), [tuple(mix) for mix in mixes], dtype
+        self._alone = [_alone(mix) for mix in self.mixes]
+        self._affine = [abs(math.fsum(mix) - 1) <= _ONE for mix in self.mixes]
+        working = working_dtype(dtype, *stored)
+        self._wide = [np.empty(size, working) for _ in stored]
+        # Differences may take the sources' place where no sum needs those themselves.
+        kept = not all(affine or alone is not None for affine, alone in zip(self._affine, self._alone, strict=True))
+        self._differences = [np.empty(size, working) for _ in stored[1:]] if kept else self._wide[1:]
+        self._total, self._term = np.empty(size, working), np.empty(size, working)
+        self._out: Array = np.empty(size, STORAGE[dtype])
+
+    def __call__(self, arrays: Sequence[Array]) -> Iterator[Array]:
+        """Each sum as it is stored, shape [n], valid until the next is asked for.
+
+        Args:
+            arrays: Each source's numbers as they are stored (`floats.STORAGE`), shape [n], n at most `size`.
+
+        Raises:
+            NotFinite: Some number of a source (whatever its weight) or of a sum is not finite.
+        """
+        n = len(arrays[0])
+        wide = [array[:n] for array in self._wide]
+        for numbers, array, stored in zip(wide, arrays, self.stored, strict=True):
+            widen(array, stored, numbers)
+        # Whatever is not finite in a source is not finite in a sum either, also with a weight of 0: sums are looked at.
+        if all(alone is not None for alone in self._alone):
+            self._require_finite(arrays)
+        differences = [array[:n] for array in self._differences]
+        with np.errstate(all="ignore"):
+            for numbers, difference in zip(wide[1:], differences, strict=True) if any(self._affine) else ():
+                np.subtract(numbers, wide[0], out=difference)
+        for mix, alone, affine in zip(self.mixes, self._alone, self._affine, strict=True):
+            if alone is not None and self.stored[alone] == self.dtype:
+                yield arrays[alone]
+                continue
+            total, term, out = self._total[:n], self._term[:n], self._out[:n]
+            if alone is not None:
+                widen(arrays[alone], self.stored[alone], total)
+            elif affine:
+                _accumulate([wide[0], *differences], [1.0, *mix[1:]], total, term)
+            else:
+                _accumulate(wide, mix, total, term)
+            if not fits(total, self.dtype):
+                self._require_finite(arrays)
+                total = self._sum_again(arrays, mix)
+            narrow(total, self.dtype, out, term.view(np.uint32)[:n])
+            yield out
+
+    def _require_finite(self, arrays: Sequence[Array]) -> None:
+        for source, (array, stored) in enumerate(zip(arrays, self.stored, strict=True)):
+            numbers: Array = np.empty(array.shape, np.float64)
+            widen(array, stored, numbers)
+            place = first_unfit(numbers, "F64")
+            if place is not None:
+                raise NotFinite(source, place, float(numbers[place]))
+
+    def _sum_again(self, arrays: Sequence[Array], mix: Sequence[float]) -> Array:
+        """A sum that went out of range, in float64: it may have been on the way only."""
+        total = np.zeros(arrays[0].shape, np.float64)
+        numbers, term = np.empty_like(total), np.empty_like(total)
+        with np.errstate(all="ignore"):
+            for array, stored, weight in zip(arrays, self.stored, mix, strict=True):
+                widen(array, stored, numbers)
+                np.multiply(numbers, weight, out=term)
+                np.add(total, term, out=total)
+        place = first_unfit(total, self.dtype)
+        if place is not None:
+            raise NotFinite(None, place, float(total[place]))
+        return total
+
+
+def _accumulate(values: Sequence[Array], weights: Sequence[float], total: Array, term: Array) -> None:
+    """sum_i weights[i] * values[i] into `total`, the first last, so that a weight of 1 on it costs nothing."""
+    with np.errstate(all="ignore"):
+        np.multiply(values[-1], weights[-1], out=total)
+        for numbers, weight in zip(values[-2::-1], weights[-2::-1], strict=True):
+            if weight == 1:
+                np.add(total, numbers, out=total)
+                continue
+            np.multiply(numbers, weight, out=term)
+            np.add(total, term, out=total)
+
+
+def _alone(mix: Sequence[float]) -> int | None:
+    """The source that is all of a mix."""
+    used = [place for place, weight in enumerate(mix) if weight != 0]
+    return used[0] if len(used) == 1 and mix[used[0]] == 1 else None
