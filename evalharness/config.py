@@ -13,10 +13,17 @@ from psacpo.config import Strict
 from psacpo.merge.config import policy_name
 
 Better = Literal["higher", "lower"]
+EngineName = Literal["auto", "transformers", "vllm", "openai", "ray"]
 
 
 class Generation(Strict):
-    """How answers are sampled. `temperature` 0 is greedy; `batch_size` is the number of rows in one forward pass."""
+    """How answers are sampled.
+
+    Attributes:
+        temperature: 0 is greedy.
+        batch_size: Rows of one forward pass of the transformers engine; vLLM fills its batches itself.
+        logprobs: Store the log-probability of each token of an answer, at temperature 1.
+    """
 
     max_new_tokens: int = Field(512, ge=1)
     temperature: float = Field(1.0, ge=0)
@@ -24,6 +31,74 @@ class Generation(Strict):
     top_k: int = Field(0, ge=0)
     stop: list[str] = Field(default_factory=list)
     batch_size: int = Field(32, ge=1)
+    logprobs: bool = False
+
+
+class Vllm(Strict):
+    """How vLLM is started; what is None is left to vLLM.
+
+    Attributes:
+        dtype: Of weights and activations; None is the sweep's `dtype`.
+        quantization: A method that quantises while loading (fp8, bitsandbytes, ...), or that of the base's own files.
+        enforce_eager: No compilation and no CUDA graphs; None is true on a CPU.
+        max_num_seqs: Most answers in the making at once.
+        extra: More of vLLM's engine arguments by their names, such as {swap_space: 8}.
+    """
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    max_model_len: int | None = Field(None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantization: str | None = None
+    enforce_eager: bool | None = None
+    max_num_seqs: int | None = Field(None, ge=1)
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class OpenAI(Strict):
+    """An OpenAI-compatible endpoint whose models are the policies.
+
+    Attributes:
+        base_url: Such as http://host:8000/v1; None is the environment's OPENAI_BASE_URL.
+        api_key_env: The environment variable that holds the key; no key is ever written down.
+        models: Policy name -> model name there, where they differ.
+        dialect: "vllm" (vLLM, SGLang, psacpo serve) takes the prompt's token ids and says the answer's; "openai" sends
+            the prompt as text and only what OpenAI's own reference has.
+        concurrency: Most requests under way at once.
+        timeout: Seconds that one try may take.
+        retries: Tries after the first, on 408, 409, 429, 5xx, timeouts, lost connections and answers that are no JSON.
+        backoff: Seconds before the first retry; each later one waits twice as long, 60 at most, or what Retry-After says.
+    """
+
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    models: dict[str, str] = Field(default_factory=dict)
+    dialect: Literal["vllm", "openai"] = "vllm"
+    concurrency: int = Field(32, ge=1, le=4096)
+    timeout: float = Field(600.0, gt=0)
+    retries: int = Field(6, ge=0)
+    backoff: float = Field(0.5, ge=0)
+
+
+class Ray(Strict):
+    """Workers of a Ray cluster, each with an engine of its own; the cluster is RAY_ADDRESS, else this machine.
+
+    Attributes:
+        engine: What each worker holds.
+        workers: How many; None is as many as the cluster has room for.
+        cpus: That each worker takes.
+        gpus: That each worker takes; None is all that its engine uses, where the cluster has GPUs.
+        batch_size: Requests that a worker gets at once; None is chosen by engine.
+        retries: How often the requests of a worker that died are given out again.
+    """
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    workers: int | None = Field(None, ge=1)
+    cpus: float = Field(1, gt=0)
+    gpus: float | None = Field(None, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    retries: int = Field(3, ge=0)
 
 
 class ScalarJudge(Strict):
@@ -119,6 +194,9 @@ class FrontierConfig(Strict):
         adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep.
         baselines: Name -> weights of adapters; no weights is the base model.
         audit: Two more metrics drawn beside the frontier, from judges that had no part in training.
+        engine: Who generates: see docs/engines.md.
+        strategy: How vLLM gets the policies: stacked adapters side by side, or merged weights one after another.
+        probe: Hold each policy's next-token probabilities against the dense merge's before the sweep.
         resamples: Bootstrap draws over clusters of prompts (field `cluster`, else the prompt's id).
     """
 
@@ -139,7 +217,12 @@ class FrontierConfig(Strict):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(2000, ge=100, le=1_000_000)
     max_invalid: float = Field(0.02, ge=0, le=1)
-    engine: Literal["auto", "transformers"] = "auto"
+    engine: EngineName = "auto"
+    strategy: Literal["auto", "lora", "reload"] = "auto"
+    probe: bool = True
+    vllm: Vllm = Vllm()
+    openai: OpenAI = OpenAI()
+    ray: Ray = Ray()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from psacpo.console import progress, say
 from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig, ScalarJudge
-from psacpo.evalharness.engines import Policy, make_engine
+from psacpo.evalharness.engines import Completion, Engine, Failure, Policy, make_engine
+from psacpo.evalharness.engines.plan import EnginePlan, engine_identity, plan_engine, require_engine
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
 from psacpo.evalharness.records import Record, Store, locked, read_records
@@ -21,18 +22,21 @@ from psacpo.evalharness.trace import Score, better, compared_with_base, trace
 from psacpo.files import digest, digest_file, read_manifest, require_apart, write_atomically, write_manifest
 from psacpo.hub import load_config, load_tokenizer
 from psacpo.merge import policy_name
-from psacpo.merge.adapters import Adapter, read_adapter, require_compatible
+from psacpo.merge.adapters import Adapter, read_adapter, require_compatible, require_plain
 from psacpo.merge.bases import find_base
 from psacpo.prompting import Prompt, require_chat_template
 
 Item = TypeVar("Item")
-FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN = (
+FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN, FAILURES = (
     "frontier.json",
     "completions.jsonl",
     "verdicts.jsonl",
     "prompts.jsonl",
     "plan.json",
+    "failures.jsonl",
 )
+# Seconds of answers that a kill may cost.
+_FLUSH = 1.0
 
 
 @dataclass
@@ -46,6 +50,7 @@ class _Plan:
     prompts: list[PromptRow]
     policies: list[Policy]
     jobs: list[Job]
+    engine: EnginePlan
     records: dict[str, Record] = field(default_factory=dict)
 
 
@@ -94,6 +99,7 @@ def plan_summary(config: FrontierConfig) -> dict[str, Any]:
         "answers found": len(done),
         "prompt tokens": sum(len(job.request.prompt_ids) for job in plan.jobs),
         "new tokens at most": (len(keys) - len(done)) * config.generation.max_new_tokens,
+        "engine": plan.engine.line(),
         "judges": {name: len(plan.jobs) for name in plan.judges},
         "out": str(config.out),
     }
@@ -119,6 +125,7 @@ def check(config: FrontierConfig) -> tuple[list[PromptRow], dict[str, Judge]]:
     require_apart(
         config.out, [path for path in (Path(config.base), *models, *config.adapters.values()) if path.is_dir()]
     )
+    require_engine(config)
     if config.device == "cuda":
         import torch
 
@@ -139,6 +146,7 @@ def _plan(config: FrontierConfig) -> _Plan:
     prompts, judges = check(config)
     adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
     require_compatible(adapters)
+    require_plain(adapters)
     found = find_base(config.base, adapters, on_disk=True)
     assert found.path is not None
     assert found.digest is not None
@@ -161,13 +169,16 @@ def _plan(config: FrontierConfig) -> _Plan:
         max_new_tokens=config.generation.max_new_tokens,
         identity={
             "base": base_digest,
-            "generation": config.generation.model_dump(exclude={"batch_size"}),
-            "dtype": config.dtype,
-            "engine": "transformers",
-        },
+            # Log-probabilities are part of a record, but no answer hangs on whether they are there.
+            "generation": config.generation.model_dump(
+                exclude={"batch_size"} if config.generation.logprobs else {"batch_size", "logprobs"}
+            ),
+        }
+        | engine_identity(config),
         adapter_digests={name: adapter.content for name, adapter in adapters.items()},
     )
-    return _Plan(base, base_digest, adapters, judges, prompts, policies, jobs)
+    engine = plan_engine(config, base, adapters, policies, [job.request for job in jobs])
+    return _Plan(base, base_digest, adapters, judges, prompts, policies, jobs, engine)
 
 
 def _require_fields(config: FrontierConfig, prompts: Sequence[PromptRow]) -> None:
@@ -203,6 +214,7 @@ def _write_inputs(config: FrontierConfig, plan: _Plan) -> None:
         | {f"adapter {name}": adapter.digest for name, adapter in plan.adapters.items()}
         | {f"judge {name}": judge.digest for name, judge in plan.judges.items()},
         seeds={"seed": config.seed},
+        engine=plan.engine.record(),
     )
     rows = [{"id": r.id, "prompt": r.prompt, "cluster": r.cluster} | r.fields for r in plan.prompts]
     write_atomically(run / PROMPTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -210,37 +222,114 @@ def _write_inputs(config: FrontierConfig, plan: _Plan) -> None:
 
 
 def _generate(config: FrontierConfig, plan: _Plan) -> list[tuple[Job, Record]]:
-    """Every job's completion record, made now or found."""
+    """Every job's completion record, made now or found.
+
+    Raises:
+        InputError: Some requests failed after every retry; they are listed, and the rest is kept.
+    """
     started = time.perf_counter()
-    engine = None
-
-    def work(batch: Sequence[Job]) -> Iterable[Record]:
-        nonlocal engine
-        if engine is None:
-            engine = make_engine(config, plan.adapters)
-        by_key = {job.request.key: job for job in batch}
-        for answer in engine.generate([job.request for job in batch]):
-            job = by_key[answer.key]
-            yield {
-                "key": answer.key,
-                "policy": job.request.policy.name,
-                "ratio": job.request.policy.ratio,
-                "prompt_id": job.row.id,
-                "sample": job.sample,
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "n_tokens": len(answer.token_ids),
-                "finish_reason": answer.finish_reason,
-                "seed": job.request.seed,
-            }
-
+    failed: dict[str, Record] = {}
     with Store(config.out / COMPLETIONS, _is_completion) as store, progress("generate", len(plan.jobs)) as advance:
         before = sum(job.request.key in store.records for job in plan.jobs)
-        for done in store.fill(_chunks(plan.jobs, config.generation.batch_size), lambda job: job.request.key, work):
-            advance(done)
+        advance(before)
+        if before < len(plan.jobs):
+            say(f"engine: {plan.engine.line()}")
+            engine = make_engine(config, plan.base, plan.adapters, plan.policies, plan.engine)
+            try:
+                if config.probe:
+                    _probe(config, plan, engine)
+                todo = _unfinished(plan.jobs, store.records, engine.batch_size)
+                with Store(config.out / FAILURES) as failures:
+                    for records in _answers(engine, todo):
+                        store.append([record for record in records if "error" not in record])
+                        failures.append([record for record in records if "error" in record])
+                        failed |= {record["key"]: record for record in records if "error" in record}
+                        advance(len(records))
+            finally:
+                engine.close()
+        _settle_failures(config, plan, failed, store.records)
         completions = [(job, store.records[job.request.key]) for job in plan.jobs]
     _say_done("generated", len(plan.jobs), before, time.perf_counter() - started)
     return completions
+
+
+def _unfinished(jobs: Sequence[Job], records: Mapping[str, Record], batch_size: int | None) -> list[Job]:
+    """The jobs to do: where an engine's batches count, all of a batch of which one is missing."""
+    batches = _chunks(jobs, batch_size or 1)
+    return [job for batch in batches if any(job.request.key not in records for job in batch) for job in batch]
+
+
+def _answers(engine: Engine, jobs: Sequence[Job]) -> Iterator[list[Record]]:
+    """The records of answers and failures as they come, gathered so that each write holds a second's worth."""
+    by_key = {job.request.key: job for job in jobs}
+    gathered: list[Record] = []
+    last = time.monotonic()
+    for answer in engine.generate([job.request for job in jobs]):
+        gathered.append(_record(by_key[answer.key], answer))
+        if time.monotonic() - last >= _FLUSH:
+            yield gathered
+            gathered, last = [], time.monotonic()
+    if gathered:
+        yield gathered
+
+
+def _record(job: Job, answer: Completion | Failure) -> Record:
+    record = {
+        "key": answer.key,
+        "policy": job.request.policy.name,
+        "ratio": job.request.policy.ratio,
+        "prompt_id": job.row.id,
+        "sample": job.sample,
+    }
+    if isinstance(answer, Failure):
+        return record | {"error": answer.error}
+    record |= {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "n_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "seed": job.request.seed,
+    }
+    return record if answer.logprobs is None else record | {"logprobs": answer.logprobs}
+
+
+def _probe(config: FrontierConfig, plan: _Plan, engine: Engine) -> None:
+    """Stop before the sweep if a policy does not act, or is not the merged model."""
+    from psacpo.evalharness.engines.probe import dense_reference, probe
+
+    remote = plan.engine.name == "openai"
+    if remote and config.openai.dialect != "vllm":
+        return say("not proven that the policies act: this endpoint does not tell the ids of tokens")
+    quantised = plan.engine.name == "vllm" and config.vllm.quantization
+    reference = None if quantised else dense_reference(engine, plan.base, plan.adapters)
+    if reference is None:
+        say("policies are held against the base only: their merged weights do not fit in memory or are not plain sums")
+    for line in probe(
+        engine,
+        plan.policies,
+        [job.request.prompt_ids for job in plan.jobs],
+        reference=reference,
+        dtype=engine_identity(config)["dtype"],
+        has_base=not remote or any(not policy.adapted for policy in plan.policies),
+    ):
+        say(line)
+
+
+def _settle_failures(
+    config: FrontierConfig, plan: _Plan, failed: Mapping[str, Record], records: Mapping[str, Record]
+) -> None:
+    """Leave in failures.jsonl what has no answer now, and stop if that is anything."""
+    path = config.out / FAILURES
+    left = [record for key, record in failed.items() if key not in records]
+    if not left:
+        return path.unlink(missing_ok=True)
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in left))
+    first = left[0]
+    raise InputError(
+        f"{len(left)} of {len(plan.jobs)} answers failed, the first of {first['policy']} to prompt "
+        f"'{first['prompt_id']}': {first['error']}; all are in {path}",
+        allowed="the same command again: it tries these once more and keeps the rest",
+    )
 
 
 def _judge(

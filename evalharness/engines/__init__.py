@@ -1,36 +1,89 @@
-"""Engines turn requests into completions; `make_engine` chooses one by name."""
+"""Engines turn requests into completions; `start_engine` starts the one that a plan names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psacpo.errors import unknown_name
-from psacpo.evalharness.engines.base import Completion, Engine, Policy, Request
+from psacpo.evalharness.engines.base import Completion, Engine, Failure, NextTokens, Policy, Request
 
 if TYPE_CHECKING:
     from psacpo.evalharness.config import FrontierConfig
+    from psacpo.evalharness.engines.plan import EnginePlan
     from psacpo.merge.adapters import Adapter
 
-__all__ = ["ENGINES", "Completion", "Engine", "Policy", "Request", "make_engine"]
+__all__ = ["ENGINES", "Completion", "Engine", "Failure", "NextTokens", "Policy", "Request", "make_engine"]
+
+Start = Callable[["FrontierConfig", Path, Mapping[str, "Adapter"], Sequence[Policy], "EnginePlan"], Engine]
 
 
-def _transformers(config: FrontierConfig, adapters: Mapping[str, Adapter]) -> Engine:
+def _transformers(
+    config: FrontierConfig,
+    base: Path,
+    adapters: Mapping[str, Adapter],
+    policies: Sequence[Policy],
+    plan: EnginePlan,
+) -> Engine:
     from psacpo.evalharness.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(
-        config.base, adapters, generation=config.generation, dtype=config.dtype, device=config.device
+        base, adapters, generation=config.generation, dtype=config.dtype, device=config.device
     )
 
 
-ENGINES: dict[str, Callable[[FrontierConfig, Mapping[str, Adapter]], Engine]] = {
-    "auto": _transformers,
-    "transformers": _transformers,
-}
+def _vllm(
+    config: FrontierConfig,
+    base: Path,
+    adapters: Mapping[str, Adapter],
+    policies: Sequence[Policy],
+    plan: EnginePlan,
+) -> Engine:
+    from psacpo.evalharness.engines.vllm import VllmEngine
+
+    return VllmEngine.load(
+        base,
+        adapters,
+        policies,
+        plan=plan,
+        settings=config.vllm,
+        generation=config.generation,
+        dtype=config.dtype,
+        seed=config.seed,
+    )
 
 
-def make_engine(config: FrontierConfig, adapters: Mapping[str, Adapter]) -> Engine:
-    """The engine that `config.engine` names, with the base and `adapters` loaded once."""
-    if config.engine not in ENGINES:
-        raise unknown_name("engine", config.engine, ENGINES)
-    return ENGINES[config.engine](config, adapters)
+def _openai(
+    config: FrontierConfig,
+    base: Path,
+    adapters: Mapping[str, Adapter],
+    policies: Sequence[Policy],
+    plan: EnginePlan,
+) -> Engine:
+    from psacpo.evalharness.engines.openai import OpenAIEngine
+
+    return OpenAIEngine(base, config.openai, config.generation)
+
+
+ENGINES: dict[str, Start] = {"transformers": _transformers, "vllm": _vllm, "openai": _openai}
+
+
+def start_engine(
+    config: FrontierConfig, base: Path, adapters: Mapping[str, Adapter], policies: Sequence[Policy], plan: EnginePlan
+) -> Engine:
+    """The engine that `plan.name` names, in this process, with the base and `adapters` loaded once."""
+    if plan.name not in ENGINES:
+        raise unknown_name("engine", plan.name, ENGINES)
+    return ENGINES[plan.name](config, base, adapters, policies, plan)
+
+
+def make_engine(
+    config: FrontierConfig, base: Path, adapters: Mapping[str, Adapter], policies: Sequence[Policy], plan: EnginePlan
+) -> Engine:
+    """The engine of a sweep: in this process, or in the workers of a Ray cluster."""
+    if plan.workers:
+        from psacpo.evalharness.engines.ray import RayEngine
+
+        return RayEngine(config, base, adapters, policies, plan)
+    return start_engine(config, base, adapters, policies, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 
@@ -15,11 +16,19 @@ class Policy:
         name: `policy@0.30` for a point of the sweep, or a baseline's name.
         weights: Adapter name -> weight; empty is the base itself.
         ratio: The weight of the safety policy, None for a baseline.
+        checkpoint: A model directory that is the whole policy, in the place of base and weights: what no adapter can
+            carry (DoRA, modules_to_save, merges of full models). Only the reload strategy of vLLM takes it.
     """
 
     name: str
     weights: Mapping[str, float] = field(default_factory=dict)
     ratio: float | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def adapted(self) -> dict[str, float]:
+        """The adapters that count: those of weight zero change nothing."""
+        return {name: weight for name, weight in self.weights.items() if weight != 0}
 
 
 @dataclass(frozen=True)
@@ -42,17 +51,54 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `finish_reason` is "stop" at an end token or stop string, "length" at the token limit."""
+    """One answer.
+
+    Attributes:
+        key: That of its request.
+        text: Without special tokens, cut before a stop string.
+        token_ids: Without the end token; with those of a stop string.
+        finish_reason: "stop" at an end token or stop string, "length" at the token limit.
+        logprobs: One number a token, where they were asked for: the log of its probability at temperature 1.
+    """
 
     key: str
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that got no answer after every retry, and why: recorded, and tried again when the sweep is resumed."""
+
+    key: str
+    error: str
+
+
+NextTokens = Mapping[int, float]
+"""Token id -> log-probability (natural, temperature 1) of it coming next, for some of the likeliest tokens."""
 
 
 class Engine(Protocol):
-    """Answers batches of requests of any mix of policies."""
+    """Answers batches of requests of any mix of policies.
 
-    def generate(self, requests: Sequence[Request]) -> Iterable[Completion]:
-        """The completions of one batch, in any order. The same batch gives the same completions."""
+    Attributes:
+        batch_size: Requests, in their order, that are computed together and decide each other's last bits. A batch with
+            a missing answer is done again whole, so that an interrupted sweep ends in the very result of another one.
+            None where nothing of the kind holds.
+    """
+
+    batch_size: int | None
+
+    def generate(self, requests: Sequence[Request]) -> Iterable[Completion | Failure]:
+        """One for each request, in any order, as they finish."""
+        ...
+
+    def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
+        """Key -> what the policy would say next, through the path that `generate` takes; one for each worker."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; the engine is not used again."""
         ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psacpo.errors import InputError
-from psacpo.merge.adapters import Adapter
+from psacpo.merge.adapters import Adapter, require_plain
 
 
 class AdapterMixture:
@@ -20,6 +20,7 @@ class AdapterMixture:
     """
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        require_plain(adapters)
         self.names = list(adapters)
         self._weights: Tensor | None = None
         modules: dict[str, nn.Module] = dict(model.named_modules())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation
-from psacpo.evalharness.engines.base import Completion, Request
+from psacpo.evalharness.engines.answers import end_ids
+from psacpo.evalharness.engines.base import Completion, NextTokens, Request
 from psacpo.evalharness.engines.mixture import AdapterMixture
 from psacpo.evalharness.engines.sampling import next_tokens, uniforms
 from psacpo.hub import load_model, load_tokenizer
 from psacpo.merge.adapters import Adapter
-from psacpo.prompting import end_of_turn_ids
 
 
 @dataclass
@@ -28,6 +28,7 @@ class _Row:
     request: Request
     uniform: Tensor
     tokens: list[int]
+    logprobs: list[float]
     finish_reason: str | None = None
     text: str | None = None
 
@@ -40,11 +41,13 @@ class TransformersEngine:
         tokenizer: Its tokenizer.
         mixture: The adapters.
         generation: Sampling settings.
+        batch_size: Rows of one forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, mixture: AdapterMixture, generation: Generation) -> None:
         self.model, self.tokenizer, self.mixture, self.generation = model, tokenizer, mixture, generation
-        self.end_ids = _end_ids(model, tokenizer)
+        self.batch_size: int | None = generation.batch_size
+        self.end_ids = end_ids(model.generation_config, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else min(self.end_ids, default=0)
 
@@ -61,38 +64,27 @@ class TransformersEngine:
         model = model.to(device).eval()
         return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
 
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Answer the requests in batches of `batch_size`, in the order given: prompts of like length belong together."""
+        for start in range(0, len(requests), self.generation.batch_size):
+            yield from self._generate(requests[start : start + self.generation.batch_size])
+
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> Iterable[Completion]:
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer one batch: left-padded prompts, a key-value cache, finished rows leave the batch."""
         device = self.model.device
         rows = [
-            _Row(request, torch.from_numpy(uniforms(request.seed, self.generation.max_new_tokens)).to(device), [])
+            _Row(request, torch.from_numpy(uniforms(request.seed, self.generation.max_new_tokens)).to(device), [], [])
             for request in requests
         ]
-        prompts = [list(request.prompt_ids) for request in requests]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        weights = torch.tensor(
-            [[request.policy.weights.get(name, 0.0) for name in self.mixture.names] for request in requests],
-            device=device,
-        )
+        ids, mask, weights = self._inputs(requests)
         cache = DynamicCache(config=self.model.config)
         alive = list(rows)
         try:
             for step in range(self.generation.max_new_tokens):
                 self.mixture.set_rows(weights if self.mixture.names else None)
-                positions = mask.cumsum(dim=-1)[:, -ids.shape[1] :].sub(1).clamp(min=0)
-                output = self.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                logits = output.logits[:, -1]
-                self._require_finite(logits, alive)
+                logits = self._last_logits(ids, mask, past_key_values=cache, use_cache=True)
+                self._require_finite(logits, [row.request for row in alive])
                 chosen = next_tokens(
                     logits,
                     torch.stack([row.uniform[step] for row in alive]),
@@ -102,6 +94,10 @@ class TransformersEngine:
                 )
                 for row, token in zip(alive, chosen.tolist(), strict=True):
                     self._take(row, token)
+                if self.generation.logprobs:
+                    found = logits.float().log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+                    for row, value in zip(alive, found.tolist(), strict=True):
+                        row.logprobs.append(value)
                 keep = [index for index, row in enumerate(alive) if row.finish_reason is None]
                 if not keep:
                     break
@@ -116,14 +112,55 @@ class TransformersEngine:
             self.mixture.set_rows(None)
         return [self._completion(row) for row in rows]
 
-    def _require_finite(self, logits: Tensor, alive: Sequence[_Row]) -> None:
+    @torch.inference_mode()
+    def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
+        """Key -> log-probabilities of the next token over the whole vocabulary, all requests in one batch."""
+        ids, mask, weights = self._inputs(requests)
+        try:
+            self.mixture.set_rows(weights if self.mixture.names else None)
+            logits = self._last_logits(ids, mask)
+        finally:
+            self.mixture.set_rows(None)
+        self._require_finite(logits, requests)
+        rows = logits.float().log_softmax(dim=-1).tolist()
+        return [{request.key: dict(enumerate(row)) for request, row in zip(requests, rows, strict=True)}]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.model = None
+
+    def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded ids and mask [rows, width], and weights [rows, adapters]."""
+        device = self.model.device
+        for request in requests:
+            if request.policy.checkpoint is not None:
+                raise InputError(
+                    f"{request.policy.name} is a checkpoint, which the transformers engine cannot mix",
+                    allowed="engine vllm with strategy reload",
+                )
+        prompts = [list(request.prompt_ids) for request in requests]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        weights = torch.tensor(
+            [[request.policy.weights.get(name, 0.0) for name in self.mixture.names] for request in requests],
+            device=device,
+        )
+        return ids, mask, weights
+
+    def _last_logits(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        """Logits [rows, vocabulary] after the last token of each row."""
+        positions = mask.cumsum(dim=-1)[:, -ids.shape[1] :].sub(1).clamp(min=0)
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **options)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _require_finite(self, logits: Tensor, alive: Sequence[Request]) -> None:
         """Stop at a policy whose logits are no numbers: an answer would still come out, and be judged."""
         # Masked vocabulary entries are -inf; every row must have a finite largest logit and no NaN.
         good = torch.isfinite(logits.max(dim=-1).values) & ~logits.isnan().any(dim=-1)
         if not bool(good.all()):
-            names = sorted(
-                {row.request.policy.name for row, fine in zip(alive, good.tolist(), strict=True) if not fine}
-            )
+            names = sorted({one.policy.name for one, fine in zip(alive, good.tolist(), strict=True) if not fine})
             raise InputError(f"the logits of {', '.join(names)} are not finite: its weights overflow {logits.dtype}")
 
     def _take(self, row: _Row, token: int) -> None:
@@ -144,11 +181,6 @@ class TransformersEngine:
         text = row.text
         if text is None:
             text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return Completion(row.request.key, text, tuple(row.tokens), row.finish_reason or "length")
-
-
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the model's own list, the tokenizer's EOS, the chat formats' end of turn."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(i for i in (*listed, tokenizer.eos_token_id, *end_of_turn_ids(tokenizer)) if i is not None)
+        # The end token was drawn too, and is no token of the answer.
+        logprobs = tuple(row.logprobs[: len(row.tokens)]) if self.generation.logprobs else None
+        return Completion(row.request.key, text, tuple(row.tokens), row.finish_reason or "length", logprobs)

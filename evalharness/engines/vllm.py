@@ -1,0 +1,385 @@
+"""vLLM, started once for a whole sweep: policies as stacked adapters side by side, or as weights swapped in one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from psacpo.errors import InputError, unknown_name
+from psacpo.evalharness.config import Generation, Vllm
+from psacpo.evalharness.engines.answers import answer_text, end_ids, read_generation_config, strip_end
+from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Policy, Request
+from psacpo.evalharness.engines.plan import EnginePlan, broken_vllm, require_vllm, vllm_device
+from psacpo.hub import load_config, load_tokenizer
+from psacpo.merge.adapters import Adapter, write_adapter
+
+# Engine arguments that decide what is computed, or that this engine sets itself.
+_OURS = frozenset(
+    ("model", "tokenizer", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "worker_extension_cls", "seed")
+)
+_UNSAFE = frozenset(("trust_remote_code", "allowed_local_media_path", "code_revision"))
+# Requests that are handed over before the first of them is answered, for each that vLLM works on at once.
+_AHEAD = 4
+_MAX_NUM_SEQS = 256
+# The most likely tokens that vLLM gives log-probabilities of, unless it is started otherwise.
+_TOP = 20
+
+Weights = tuple[tuple[str, float], ...]
+
+
+class VllmEngine:
+    """One running vLLM.
+
+    Attributes:
+        batch_size: None: vLLM fills its batches itself, from whatever requests it holds.
+        strategy: "lora" or "reload".
+    """
+
+    batch_size: int | None = None
+
+    def __init__(
+        self,
+        engine: Any,
+        base: Path,
+        adapters: Mapping[str, Adapter],
+        policies: Sequence[Policy],
+        *,
+        strategy: str,
+        generation: Generation,
+        max_num_seqs: int,
+        eager: bool,
+    ) -> None:
+        self.engine, self.base, self.adapters, self.generation = engine, base, dict(adapters), generation
+        self.strategy = strategy
+        self.tokenizer = load_tokenizer(base)
+        self.end_ids = end_ids(read_generation_config(base), self.tokenizer)
+        self._eager = eager
+        self._window = _AHEAD * max_num_seqs
+        self._count = 0
+        self._loaded: Weights | Path = ()
+        self._scratch = tempfile.TemporaryDirectory(prefix="psacpo-adapters-")
+        self._lora = self._write_adapters(policies) if strategy == "lora" else {}
+
+    @classmethod
+    def load(
+        cls,
+        base: Path,
+        adapters: Mapping[str, Adapter],
+        policies: Sequence[Policy],
+        *,
+        plan: EnginePlan,
+        settings: Vllm,
+        generation: Generation,
+        dtype: str,
+        seed: int,
+    ) -> VllmEngine:
+        """Start vLLM with the base's weights; with the lora strategy, hand it the policies.
+
+        Raises:
+            InputError: vLLM is not there, cannot start, or cannot load a policy: one line each, with the knob.
+        """
+        cpu = vllm_device() == "cpu"
+        eager = cpu if settings.enforce_eager is None else settings.enforce_eager
+        max_num_seqs = settings.max_num_seqs or _MAX_NUM_SEQS
+        distinct = {_weights(policy) for policy in policies if policy.checkpoint is None} - {()}
+        arguments: dict[str, Any] = {
+            "model": str(base),
+            "tokenizer": str(base),
+            "dtype": settings.dtype or dtype,
+            "seed": seed,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "max_model_len": plan.max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "quantization": settings.quantization,
+            "enforce_eager": eager,
+            "disable_log_stats": True,
+            "worker_extension_cls": f"{__package__}.vllm_worker.PolicyWorker",
+        }
+        if plan.strategy == "lora" and distinct:
+            # vLLM's CPU kernels take -1, "no adapter", as an index from the end: requests of the base that share a batch
+            # with adapters get the last slot's (seen in 0.32). One slot more than adapters leaves that one empty: zeros.
+            count = len(distinct) + cpu
+            arguments |= {
+                "enable_lora": True,
+                "max_lora_rank": plan.max_lora_rank,
+                "max_loras": count,
+                "max_cpu_loras": count,
+            }
+        single = settings.tensor_parallel_size * settings.pipeline_parallel_size == 1
+        if cpu:
+            arguments |= _cpu_arguments(base, settings, max_num_seqs, plan.max_model_len, single)
+        arguments |= settings.extra
+        engine = _start({key: value for key, value in arguments.items() if value is not None}, settings.extra)
+        try:
+            return cls(
+                engine,
+                base,
+                adapters,
+                policies,
+                strategy=plan.strategy or "reload",
+                generation=generation,
+                max_num_seqs=max_num_seqs,
+                eager=eager and cpu,
+            )
+        except BaseException:
+            _stop(engine)
+            raise
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Failure]:
+        """Answers as they finish: of all policies mixed (lora), or of one policy after another (reload)."""
+        parameters = self._sampling()
+        for part in self._parts(requests):
+            for request, output in self._run(part, parameters):
+                yield output if isinstance(output, Failure) else self._completion(request, output)
+
+    def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
+        """Key -> the log-probabilities of the likeliest next tokens."""
+        parameters = {"temperature": 0.0, "max_tokens": 1, "logprobs": _TOP, "detokenize": False}
+        found: dict[str, NextTokens] = {}
+        for part in self._parts(requests):
+            for request, output in self._run(part, parameters):
+                if isinstance(output, Failure):
+                    raise InputError(f"vLLM gave {request.policy.name} no answer to a probe prompt: {output.error}")
+                found[request.key] = {token: float(entry.logprob) for token, entry in output.logprobs[0].items()}
+        return [found]
+
+    def close(self) -> None:
+        """Stop vLLM and its workers, and remove the adapters that were written for it."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            _stop(engine)
+        self._scratch.cleanup()
+
+    def _write_adapters(self, policies: Sequence[Policy]) -> dict[Weights, Any]:
+        """Write each mixture of adapters once and have vLLM load it now, so that what it refuses is known by name."""
+        from vllm.lora.request import LoRARequest
+
+        loaded: dict[Weights, Any] = {}
+        for policy in policies:
+            weights = _weights(policy)
+            if not weights or weights in loaded:
+                continue
+            directory = Path(self._scratch.name) / str(len(loaded) + 1)
+            directory.mkdir()
+            adapters = [self.adapters[name] for name, _ in weights]
+            write_adapter(directory, adapters, [weight for _, weight in weights], base=str(self.base))
+            loaded[weights] = LoRARequest(policy.name, len(loaded) + 1, str(directory))
+            try:
+                accepted = self.engine.add_lora(loaded[weights])
+            except Exception as error:
+                raise InputError(
+                    f"vLLM cannot load {policy.name} as an adapter: {_line(error)}",
+                    allowed="strategy reload, or engine transformers",
+                ) from error
+            if accepted is False:
+                raise InputError(f"vLLM did not take {policy.name} as an adapter", allowed="strategy reload")
+        return loaded
+
+    def _parts(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
+        """The requests that can run together, once what they run on is in place."""
+        if self.strategy == "lora":
+            yield requests
+            return
+        groups: dict[Weights | Path, list[Request]] = {}
+        for request in requests:
+            groups.setdefault(request.policy.checkpoint or _weights(request.policy), []).append(request)
+        # What is loaded comes first: it costs nothing.
+        for weights in sorted(groups, key=lambda one: one != self._loaded):
+            self._load(weights, groups[weights][0].policy)
+            yield groups[weights]
+
+    def _load(self, weights: Weights | Path, policy: Policy) -> None:
+        """Have the running engine hold a policy's weights."""
+        if weights == self._loaded:
+            return
+        if isinstance(weights, Path):
+            method, arguments = "psacpo_load_checkpoint", {"path": str(weights.resolve())}
+        else:
+            method = "psacpo_load_policy"
+            paths = {name: str(self.adapters[name].path.resolve()) for name, _ in weights}
+            arguments = {"base": str(self.base.resolve()), "adapters": paths, "weights": dict(weights)}
+        try:
+            self.engine.collective_rpc(method, kwargs=arguments)
+            # Keys and values of a prompt that another policy has seen are not this one's.
+            self.engine.reset_prefix_cache()
+        except Exception as error:
+            raise InputError(f"vLLM cannot load the weights of {policy.name}: {_line(error)}") from error
+        self._loaded = weights
+
+    def _sampling(self) -> dict[str, Any]:
+        settings = self.generation
+        return {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "max_tokens": settings.max_new_tokens,
+            "stop": settings.stop or None,
+            "stop_token_ids": sorted(self.end_ids),
+            "logprobs": 0 if settings.logprobs else None,
+            # Text is only needed to find stop strings in; records have it decoded here, as every engine's.
+            "detokenize": bool(settings.stop),
+        }
+
+    def _run(self, requests: Sequence[Request], parameters: Mapping[str, Any]) -> Iterator[tuple[Request, Any]]:
+        """(request, vLLM's output or why there is none), as they finish; a bounded number is handed over ahead."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting, under_way = deque(requests), dict[str, Request]()
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < self._window:
+                    request = waiting.popleft()
+                    self._count += 1
+                    name = f"psacpo-{self._count}"
+                    sampling = SamplingParams(
+                        **parameters, seed=request.seed % 2**63, output_kind=RequestOutputKind.FINAL_ONLY
+                    )
+                    lora = self._lora.get(_weights(request.policy))
+                    prompt = {"prompt_token_ids": list(request.prompt_ids)}
+                    try:
+                        self.engine.add_request(name, prompt, sampling, lora_request=lora)
+                    except ValueError as error:
+                        yield request, Failure(request.key, _line(error))
+                        continue
+                    under_way[name] = request
+                if not under_way:
+                    continue
+                for output in self._step():
+                    if output.finished and output.request_id in under_way:
+                        yield under_way.pop(output.request_id), output.outputs[0]
+        finally:
+            if under_way and self.engine is not None:
+                with contextlib.suppress(Exception):
+                    self.engine.abort_request(list(under_way))
+
+    def _step(self) -> list[Any]:
+        from torch.compiler import set_stance
+
+        # vLLM compiles a helper of its log-probabilities even in eager mode: minutes of C++ on a small machine.
+        stance = set_stance("force_eager") if self._eager else contextlib.nullcontext()
+        try:
+            with stance:
+                found: list[Any] = self.engine.step()
+        except Exception as error:
+            raise InputError(
+                f"vLLM stopped: {_line(error)}",
+                allowed="the same command again, which keeps what is finished; or engine transformers",
+            ) from error
+        return found
+
+    def _completion(self, request: Request, output: Any) -> Completion | Failure:
+        if output.finish_reason not in ("stop", "length"):
+            return Failure(request.key, f"vLLM ended the answer with finish_reason {output.finish_reason}")
+        token_ids = strip_end(output.token_ids, self.end_ids)
+        logprobs = None
+        if self.generation.logprobs:
+            pairs = zip(token_ids, output.logprobs, strict=False)
+            logprobs = tuple(float(entry[token].logprob) for token, entry in pairs)
+        text = answer_text(self.tokenizer, token_ids, self.generation.stop)
+        return Completion(request.key, text, token_ids, output.finish_reason, logprobs)
+
+
+def _weights(policy: Policy) -> Weights:
+    return tuple(sorted(policy.adapted.items()))
+
+
+def _cpu_arguments(
+    base: Path, settings: Vllm, max_num_seqs: int, max_model_len: int | None, single: bool
+) -> dict[str, Any]:
+    """On a CPU: one process where one is enough, and no more memory for keys and values than the answers can fill.
+
+    Left alone vLLM compiles, starts three processes and takes most of the machine's memory.
+    """
+    arguments: dict[str, Any] = {}
+    if single:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+            arguments["distributed_executor_backend"] = "uni"
+    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and max_model_len is not None:
+        config = load_config(base).get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # Two tensors, four bytes, and room for blocks that are not full.
+        token = 2 * config.num_hidden_layers * heads * width * 4
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        arguments["kv_cache_memory_bytes"] = int(
+            min(max(token * (max_model_len + 256) * max_num_seqs, 1 << 26), memory / 4)
+        )
+    return arguments
+
+
+def _start(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """A running engine, or one line that says why not."""
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+    # Standard output is for results.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    require_vllm()
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+    except Exception as error:
+        raise broken_vllm(error) from error
+    known = set(EngineArgs.__dataclass_fields__)
+    for name in extra:
+        if name in _OURS | _UNSAFE:
+            raise InputError(f"vllm.extra: {name} is not taken from a recipe", allowed="other engine arguments")
+        if name not in known:
+            raise unknown_name("key in vllm.extra", name, known - _OURS - _UNSAFE)
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except Exception as error:
+        raise _start_error(error) from error
+
+
+def _start_error(error: Exception) -> InputError:
+    """Why vLLM did not start, with the setting that mends it where that is known."""
+    text = " ".join(str(one) for one in _chain(error))
+    if re.search(r"max(imum)? (seq|model)[ _]len|max_model_len|KV cache is needed", text, re.IGNORECASE):
+        knob = "a smaller vllm.max_model_len or max_new_tokens, or a larger vllm.gpu_memory_utilization"
+    elif re.search(r"out of memory|free memory|available memory|no available memory|kv cache", text, re.IGNORECASE):
+        knob = (
+            "a free device, another vllm.gpu_memory_utilization, fewer vllm.max_num_seqs, more "
+            "vllm.tensor_parallel_size, vllm.quantization; on a CPU VLLM_CPU_KVCACHE_SPACE (GiB)"
+        )
+    elif "Engine core initialization failed" in text:
+        knob = "see the lines above; if memory ran out, vllm.gpu_memory_utilization or vllm.tensor_parallel_size"
+    else:
+        knob = "other settings under vllm:, or engine transformers"
+    return InputError(f"vLLM cannot start: {_line(error)}", allowed=knob)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line; validation errors of vLLM's settings say it after a heading."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("Value error, ")] or lines
+    return (told[0] if told else type(error).__name__).removeprefix("Value error, ").partition(" [type=")[0][:300]
+
+
+def _stop(engine: Any) -> None:
+    """Shut vLLM down and let go of what it keeps for the process, so that another engine can be started in it."""
+    import gc
+
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with contextlib.suppress(Exception):
+        engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()

@@ -1,0 +1,142 @@
+"""A local Ray of two workers: the records of one process, also when a worker is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'psacpo[ray]'")
+
+from psacpo.errors import InputError
+from psacpo.evalharness import frontier
+from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.engines import Failure, Policy, Request
+from psacpo.evalharness.engines.plan import EnginePlan
+from psacpo.evalharness.engines.ray import RayEngine, Worker, _room
+from psacpo.evalharness.engines.transformers import TransformersEngine
+from psacpo.hub import load_tokenizer
+from psacpo.merge.adapters import read_adapter
+
+MakeConfig = Callable[..., FrontierConfig]
+PLAN = EnginePlan("transformers", "test", workers=True)
+POLICIES = [
+    Policy("policy@0.00", {"reward": 1.0, "safety": 0.0}),
+    Policy("policy@0.50", {"reward": 0.5, "safety": 0.5}),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Two CPUs of Ray's counting, whatever this machine has."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def asked(base: str, count: int) -> list[Request]:
+    tokenizer = load_tokenizer(Path(base))
+    texts = ("open", "mix the bread", "how do i bake a loaf")
+    return [
+        Request(f"{policy.name}/{i}", policy, tuple(tokenizer(texts[i % 3])["input_ids"]), seed=i)
+        for i in range(count)
+        for policy in POLICIES
+    ]
+
+
+def test_a_killed_worker_loses_nothing(make_config: MakeConfig) -> None:
+    config = make_config(
+        engine="ray", ray={"workers": 2, "cpus": 0.5}, generation={"max_new_tokens": 24, "batch_size": 4}
+    )
+    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+    requests = asked(config.base, 16)
+    local = TransformersEngine.load(config.base, adapters, generation=config.generation, dtype="float32", device="cpu")
+    expected = {answer.key: answer for answer in local.generate(requests)}
+    engine = RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
+    try:
+        replicas = engine.next_tokens(requests[:2])
+        assert len(replicas) == 2
+        assert replicas[0] == replicas[1]
+        before = [ray.get(worker.process.remote()) for worker in engine.workers]
+        assert len(set(before)) == 2
+        stream = iter(engine.generate(requests))
+        found = {(first := next(stream)).key: first}
+        # SIGKILL, as an out-of-memory killer would; the batch that it held is given out again.
+        os.kill(before[1], 9)
+        found |= {answer.key: answer for answer in stream}
+        assert found == expected
+        assert ray.get(engine.workers[1].process.remote()) != before[1]
+    finally:
+        engine.close()
+    assert ray.is_initialized()
+
+
+def test_a_worker_that_dies_each_time_gives_failures(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5, "retries": 1})
+    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+    monkeypatch.setattr(Worker, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(Worker, "generate", lambda self, requests: os._exit(1))
+    engine = RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
+    try:
+        [found] = engine.generate([Request("bad", POLICIES[0], (0, 5), seed=0)])
+        assert isinstance(found, Failure)
+        assert found.error.startswith("its worker died 2 times")
+    finally:
+        engine.close()
+
+
+def test_a_sweep_in_workers_has_the_records_of_one_process(make_config: MakeConfig, tmp_path: Path) -> None:
+    alone = frontier(make_config(out=tmp_path / "alone"))
+    spread = frontier(make_config(out=tmp_path / "spread", engine="ray", ray={"workers": 1, "cpus": 0.5}))
+
+    def records(run: Path) -> dict[str, Any]:
+        lines = (run / "completions.jsonl").read_text().splitlines()
+        return {record["key"]: record for record in map(json.loads, lines)}
+
+    assert records(spread) == records(alone)
+    assert (spread / "frontier.json").read_bytes() == (alone / "frontier.json").read_bytes()
+    told = json.loads((spread / "psacpo.json").read_text())["engine"]
+    assert told["workers"] is True
+
+
+def test_what_is_wrong_in_a_worker_is_one_line(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5})
+    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+
+    def refuse(self: Worker, *_: Any) -> None:
+        raise InputError("the logits of policy@0.50 are not finite")
+
+    def start() -> RayEngine:
+        return RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
+
+    request = Request("a", POLICIES[0], (0, 5), seed=0)
+    monkeypatch.setattr(Worker, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(Worker, "generate", refuse)
+    monkeypatch.setattr(Worker, "next_tokens", refuse)
+    engine = start()
+    try:
+        with pytest.raises(InputError, match=r"^the logits of policy@0\.50 are not finite$"):
+            list(engine.generate([request]))
+        with pytest.raises(InputError, match=r"^the logits of policy@0\.50 are not finite$"):
+            engine.next_tokens([request])
+    finally:
+        engine.close()
+    monkeypatch.setattr(Worker, "__init__", refuse)
+    engine = start()
+    try:
+        with pytest.raises(InputError, match=r"^a Ray worker cannot start: the logits of policy@0\.50 are not finite$"):
+            engine.next_tokens([request])
+    finally:
+        engine.close()
+
+
+def test_rooms_are_counted_and_too_little_is_refused() -> None:
+    assert _room({"CPU": 8.0}, 1, 0) == 8
+    assert _room({"CPU": 8.0}, 0.5, 0) == 16
+    assert _room({"CPU": 64.0, "GPU": 8.0}, 1, 2) == 4
+    with pytest.raises(InputError, match="the cluster has 8 CPUs and 1 GPUs; given: a worker that takes 1 and 2"):
+        _room({"CPU": 8.0, "GPU": 1.0}, 1, 2)
