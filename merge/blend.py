@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from psacpo.merge.floats import STORAGE, Array, first_unfit, fits, narrow, widen, working_dtype
+from psacpo.merge.floats import STORAGE, Array, first_unfit, fits, narrow, narrow_pairs, widen, widen_pairs, working_dtype
 
 # Weights whose sum is as near as this to 1 sum to 1: the rest is the rounding of decimal fractions.
 _ONE = 1e-15
+# The weight of what is added as it is.
+_WHOLE = 1
 
 
 class NotFinite(ArithmeticError):
@@ -42,9 +46,12 @@ class Blend:
 
     def __init__(self, stored: Sequence[str], mixes: Sequence[Sequence[float]], dtype: str, size: int) -> None:
         self.stored, self.mixes, self.dtype = list(stored), [tuple(mix) for mix in mixes], dtype
+        # All in pairs of bfloat16, but for a last number that has no other.
+        self._paired = sys.byteorder == "little" and {dtype, *stored} == {"BF16"}
         self._alone = [_alone(mix) for mix in self.mixes]
         self._affine = [abs(math.fsum(mix) - 1) <= _ONE for mix in self.mixes]
         working = working_dtype(dtype, *stored)
+        self._weights = [[working(weight) for weight in mix] for mix in self.mixes]
         self._wide = [np.empty(size, working) for _ in stored]
         # Differences may take the sources' place where no sum needs those themselves.
         kept = not all(affine or alone is not None for affine, alone in zip(self._affine, self._alone, strict=True))
@@ -62,9 +69,13 @@ class Blend:
             NotFinite: Some number of a source (whatever its weight) or of a sum is not finite.
         """
         n = len(arrays[0])
+        paired = self._paired and n % 2 == 0
         wide = [array[:n] for array in self._wide]
         for numbers, array, stored in zip(wide, arrays, self.stored, strict=True):
-            widen(array, stored, numbers)
+            if paired:
+                widen_pairs(array, numbers)
+            else:
+                widen(array, stored, numbers)
         # Whatever is not finite in a source is not finite in a sum either, also with a weight of 0: sums are looked at.
         if all(alone is not None for alone in self._alone):
             self._require_finite(arrays)
@@ -72,7 +83,7 @@ class Blend:
         with np.errstate(all="ignore"):
             for numbers, difference in zip(wide[1:], differences, strict=True) if any(self._affine) else ():
                 np.subtract(numbers, wide[0], out=difference)
-        for mix, alone, affine in zip(self.mixes, self._alone, self._affine, strict=True):
+        for mix, weights, alone, affine in zip(self.mixes, self._weights, self._alone, self._affine, strict=True):
             if alone is not None and self.stored[alone] == self.dtype:
                 yield arrays[alone]
                 continue
@@ -80,13 +91,17 @@ class Blend:
             if alone is not None:
                 widen(arrays[alone], self.stored[alone], total)
             elif affine:
-                _accumulate([wide[0], *differences], [1.0, *mix[1:]], total, term)
+                _accumulate([wide[0], *differences], [_WHOLE, *weights[1:]], total, term)
             else:
-                _accumulate(wide, mix, total, term)
+                _accumulate(wide, weights, total, term)
+            scratch = term.view(np.uint32)[:n]
             if not fits(total, self.dtype):
                 self._require_finite(arrays)
-                total = self._sum_again(arrays, mix)
-            narrow(total, self.dtype, out, term.view(np.uint32)[:n])
+                narrow(self._sum_again(arrays, mix), self.dtype, out, scratch)
+            elif paired:
+                narrow_pairs(total, out, scratch)
+            else:
+                narrow(total, self.dtype, out, scratch)
             yield out
 
     def _require_finite(self, arrays: Sequence[Array]) -> None:
@@ -112,7 +127,7 @@ class Blend:
         return total
 
 
-def _accumulate(values: Sequence[Array], weights: Sequence[float], total: Array, term: Array) -> None:
+def _accumulate(values: Sequence[Array], weights: Sequence[Any], total: Array, term: Array) -> None:
     """sum_i weights[i] * values[i] into `total`, the first last, so that a weight of 1 on it costs nothing."""
     with np.errstate(all="ignore"):
         np.multiply(values[-1], weights[-1], out=total)
