@@ -103,7 +103,12 @@ class Project:
             values = {"base": self.resolve(self.recipe.base), "as": self.recipe.as_}
             if not flags.get("policies"):
                 values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
-        values |= _said(flags)
+        given = _said(flags)
+        values |= given
+        sources = [given[end] for end in ("reward", "safety") if end in given] or list(given.get("policies", {}))
+        if "base" not in given and any(_is_full_model(source) for source in sources):
+            # They are merged with each other; the recipe's base is that of its adapters.
+            values.pop("base", None)
         if not values.get("policies"):
             self._require(values, reward="--reward", safety="--safety", ratios="--ratio")
         if "out" not in values:
@@ -247,3 +252,8 @@ def stages_from_flags(
     for stage in known:
         stage["data"] = given.get(stage["name"]) or stage["data"]
     return known
+
+
+def _is_full_model(place: str | Path) -> bool:
+    path = Path(place)
+    return (path / "config.json").is_file() and not (path / "adapter_config.json").exists()
