@@ -44,7 +44,9 @@ def prepare_adapters(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[
     """
     kind = config.as_ or "adapter"
     if config.method != "linear" and kind == "adapter":
-        raise InputError(f"{config.method} is not written as an adapter", allowed="--as checkpoint, or the method linear")
+        raise InputError(
+            f"{config.method} is not written as an adapter", allowed="--as checkpoint, or the method linear"
+        )
     if config.method != "linear" and config.method not in DELTA_METHODS:
         raise InputError(
             f"{config.method} works on weights, not on the deltas of adapters",

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from psacpo.merge.floats import STORAGE, Array, first_unfit, fits, narrow, narrow_pairs, widen, widen_pairs, working_dtype
+from psacpo.merge.floats import (
+    STORAGE,
+    Array,
+    first_unfit,
+    fits,
+    narrow,
+    narrow_pairs,
+    widen,
+    widen_pairs,
+    working_dtype,
+)
 
 # Weights whose sum is as near as this to 1 sum to 1: the rest is the rounding of decimal fractions.
 _ONE = 1e-15
