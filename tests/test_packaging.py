@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 SKIPPED = (
     ".git",
     ".venv",
+    ".venv-vllm",
     ".mypy",
     ".mypy_cache",
     ".ruff_cache",
