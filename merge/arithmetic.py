@@ -84,32 +84,6 @@ def folded(factors: Factors, weight: float, rows: slice | None = None) -> torch.
     return (B.double() * (weight * factors.scale)).to(wide)
 
 
-def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of a delta of at most the given rank, and its relative error.
-
-    With B = Q_B R_B and A^T = Q_A R_A the delta is Q_B (scale R_B R_A^T) Q_A^T, so the singular values of that small
-    core are those of the delta (Eckart-Young), and nothing of the delta's own size is made. Computed in float64.
-
-    Args:
-        factors: Of any rank.
-        rank: At least 1. Where it is no less than the delta's own, nothing is lost and the result has the smaller one.
-
-    Returns:
-        Factors with scale 1 in float32, the singular values shared evenly between A and B, and
-        ||delta - approximation|| / ||delta|| in Frobenius norm (0 for a delta of zero).
-    """
-    if rank < 1:
-        raise ValueError(f"rank {rank}")
-    q_b, r_b = torch.linalg.qr(factors.B.double())
-    q_a, r_a = torch.linalg.qr(factors.A.double().T)
-    left, values, right = torch.linalg.svd(factors.scale * r_b @ r_a.T, full_matrices=False)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    total, lost = float(values.square().sum()), float(values[kept:].square().sum())
-    compressed = Factors(A=(root[:, None] * (right[:kept] @ q_a.T)).float(), B=((q_b @ left[:, :kept]) * root).float())
-    return compressed, math.sqrt(lost / total) if total > 0 else 0.0
-
-
 def dense_delta(factors: Factors, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """scale * B @ A, shape [outputs, inputs], computed in `dtype`."""
     return (factors.B.to(dtype) @ factors.A.to(dtype)) * factors.scale
