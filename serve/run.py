@@ -29,7 +29,7 @@ from psacpo.serve.config import ServeConfig
 from psacpo.serve.faults import explain, how_to_install
 from psacpo.serve.plan import VARIABLE, Plan
 from psacpo.serve.plugin import NAME
-from psacpo.serve.policies import Policies, cache_key, policy_bytes, policy_rank
+from psacpo.serve.policies import Policies, cache_key, policy_bytes, policy_rank, require_servable
 from psacpo.serve.probe import Server, require_acting
 from psacpo.serve.ratios import engine_rank
 
@@ -117,10 +117,12 @@ def prepare(config: ServeConfig, *, watch: int | None = None) -> Launch:
         watch: Descriptor that the server watches for the launcher's end.
 
     Raises:
-        InputError: Adapters that do not fit or are too large, or a cache that is too small.
+        InputError: Adapters that do not fit, are too large or of a kind that vLLM does not load, or a cache that is
+            too small.
     """
     ends = {"reward": read_adapter(config.reward), "safety": read_adapter(config.safety)}
     require_compatible(ends)
+    require_servable(ends)
     base = find_base(config.base, ends, on_disk=False)
     adapters = list(ends.values())
     rank = engine_rank(policy_rank(adapters, config.ratios))
@@ -210,6 +212,10 @@ def _environment(config: ServeConfig, plan: Plan) -> dict[str, str]:
     environment["PYTHONUNBUFFERED"] = "1"
     # A server of policies under test has nothing to report to others, unless its owner says so.
     environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if config.gpu_memory_utilization is None and not any("kv-cache" in argument for argument in config.engine_args):
+        # On a CPU vLLM takes 0.92 of the machine's memory, or does not start; no other device reads this.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, min(4, memory // (4 << 30)))))
     # With pins every policy is known at the start, so nothing is resolved later.
     environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0" if plan.ratios else "1"
     allowed = environment.get("VLLM_PLUGINS")

@@ -3,17 +3,16 @@
 Three servers in turn share one cache directory, each a process that `psacpo serve` runs:
     first       any ratio, twelve held at once, so that twenty ratios make it give policies up; killed at the end
     second      beside the first: a key, ratios snapped to a grid; its launcher is killed at the end
-    restarted   after the kill, on what the first has left, two ratios pinned; ended by SIGTERM
+    restarted   after the kill, by the command in a project directory, on what the first has left, two ratios pinned;
+                ended by SIGTERM
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 openai = pytest.importorskip("openai")
 
@@ -37,14 +36,6 @@ TIE = 1e-4  # two logits nearer than this may come out in either order
 TOKENS = 12
 START = 500  # seconds, on a machine that does other things too
 ENGINE = ["--enforce-eager", "--distributed-executor-backend", "uni"]
-# One process less, one thread, a small cache: what makes vLLM start quickly on a CPU.
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
 
 
 def unavailable(reason: str) -> None:
@@ -60,7 +51,9 @@ class Server:
 
     settings: dict[str, Any]
     log: Path
+    environment: Mapping[str, str]
     key: str = "none"
+    project: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     port: int = field(default=0)
 
@@ -68,11 +61,16 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        said = json.dumps(self.settings | {"port": self.port, "engine_args": ENGINE}, default=str)
+        if self.project is None:
+            said = json.dumps(self.settings | {"port": self.port, "engine_args": ENGINE}, default=str)
+            command = [sys.executable, "-m", "psacpo.serve.run", said]
+        else:
+            command = self.typed(self.project)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "psacpo.serve.run", said],
-                env=os.environ | ENVIRONMENT,
+                command,
+                cwd=self.project,
+                env=self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -86,6 +84,17 @@ class Server:
             assert time.monotonic() < until, self.text()
             time.sleep(0.2)
         return self
+
+    def typed(self, project: Path) -> list[str]:
+        """`psacpo serve` as it is typed in a project directory, whose recipe says base, adapters and dtype."""
+        said = dict(self.settings)
+        recipe = {"base": str(said.pop("base")), "dtype": said.pop("dtype")}
+        recipe["adapters"] = {end: str(said.pop(end)) for end in ("reward", "safety")}
+        (project / "psacpo.yaml").write_text(json.dumps(recipe))
+        flags = [f"--ratio={ratio}" for ratio in said.pop("ratios")]
+        flags += [f"--{name.replace('_', '-')}={value}" for name, value in said.items()]
+        flags += [f"--port={self.port}", "--engine-args", " ".join(ENGINE)]
+        return [sys.executable, "-m", "psacpo.cli", "serve", *flags]
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -138,29 +147,10 @@ def gone(pids: Sequence[int], seconds: float = 30) -> bool:
 
 @pytest.fixture(scope="module")
 def world(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, make_adapter: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, served_base: Path, make_adapter: Callable[..., Path]
 ) -> dict[str, Any]:
-    """A base whose heads are as wide as vLLM's CPU attention wants them, two adapters on it, a cache directory."""
-    if importlib.util.find_spec("vllm") is None:
-        unavailable("vLLM is not installed")
-    base = tmp_path_factory.mktemp("served") / "base"
-    shutil.copytree(tiny_llama, base)
-    sizes = json.loads((base / "config.json").read_text())
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(base)
+    """A base, two adapters on it, a cache directory."""
+    base = served_base
     # Ranks 4 and 6 of different scale, so that a wrong weight, scale or order of the two shows.
     reward = make_adapter(base, seed=11, r=4, lora_alpha=8)
     safety = make_adapter(base, seed=12, r=6, lora_alpha=6, target_modules=["q_proj", "o_proj", "down_proj"])
@@ -219,8 +209,10 @@ def offline(world: dict[str, Any]) -> Offline:
 
 
 @pytest.fixture(scope="module")
-def first(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(world | {"max_ratios": 12}, tmp_path_factory.mktemp("first") / "log").start()
+def first(
+    world: dict[str, Any], vllm_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    server = Server(world | {"max_ratios": 12}, tmp_path_factory.mktemp("first") / "log", vllm_environment).start()
     yield server
     stop(server)
 
@@ -228,7 +220,7 @@ def first(world: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def second(world: dict[str, Any], first: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("second") / "log"
-    server = Server(world | {"snap": 0.05, "api_key": "s3cret"}, log, key="s3cret").start()
+    server = Server(world | {"snap": 0.05, "api_key": "s3cret"}, log, first.environment, key="s3cret").start()
     yield server
     stop(server)
 
@@ -438,7 +430,7 @@ def test_kill_and_restart_on_the_same_cache(
 
     [kept] = world["cache_dir"].glob("*/policy@0.37/adapter_model.safetensors")
     built = kept.stat().st_mtime_ns
-    restarted = Server(world | {"ratios": [0.37, 0.77]}, tmp_path / "log").start()
+    restarted = Server(world | {"ratios": [0.37, 0.77]}, tmp_path / "log", first.environment, project=tmp_path).start()
     try:
         assert kept.stat().st_mtime_ns == built  # what was built is used
         assert restarted.models() == ["policy@0.37", "policy@0.77"]

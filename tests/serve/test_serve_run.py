@@ -102,6 +102,17 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line(
     assert "VLLM_API_KEY" not in prepared(**settings).environment
 
 
+def test_a_cpu_is_not_taken_whole(settings: dict[str, Any], prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert 1 <= int(prepared(**settings).environment["VLLM_CPU_KVCACHE_SPACE"]) <= 4  # GiB
+    # What was said otherwise is left as it is.
+    assert "VLLM_CPU_KVCACHE_SPACE" not in prepared(**settings, gpu_memory_utilization=0.5).environment
+    own = prepared(**settings, engine_args=["--kv-cache-memory-bytes", "1000000"])
+    assert "VLLM_CPU_KVCACHE_SPACE" not in own.environment
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    assert prepared(**settings).environment["VLLM_CPU_KVCACHE_SPACE"] == "7"
+
+
 def test_a_list_of_allowed_plugins_gets_ours(
     settings: dict[str, Any], prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,12 +147,23 @@ def test_adapters_too_large_for_the_engine(
         prepared(**settings | {"safety": large})
 
 
-def test_adapters_that_are_not_plain_lora(
-    settings: dict[str, Any], prepared: Prepare, make_adapter: Any, tiny_llama: Path
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "adapter safety is not plain LoRA: it is DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "adapter safety is not plain LoRA: it holds trained values of lm_head"),
+        ({"lora_bias": True}, r"adapter safety is not plain LoRA: its B have biases \(lora_bias\)"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapter safety changes lm_head, to which vLLM puts no adapter"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "changes model.embed_tokens, to which vLLM puts no adapter"),
+    ],
+)
+def test_adapters_that_vllm_would_not_apply_in_full(
+    settings: dict[str, Any], make_adapter: Any, tiny_llama: Path, options: dict[str, Any], words: str
 ) -> None:
-    dora = make_adapter(tiny_llama, seed=9, use_dora=True)
-    with pytest.raises(InputError):
-        prepared(**settings | {"safety": dora})
+    other = make_adapter(tiny_llama, seed=9, **options)
+    with pytest.raises(InputError, match=f"{words}.*allowed: .*psacpo merge --as checkpoint"):
+        module.prepare(ServeConfig(**settings | {"safety": other}))
+    assert not settings["cache_dir"].exists()
 
 
 def test_adapters_of_another_base(
