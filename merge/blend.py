@@ -45,7 +45,8 @@ class Blend:
     """Weighted sums of up to `size` numbers of each source, with the memory that they take.
 
     A sum is in float32, or float64 where a source or the output is. Weights that sum to 1 are applied as
-    x_0 + sum_i w_i * (x_i - x_0), so that equal sources give themselves; a weight of 1 alone gives the source's bits.
+    x_k + sum_i w_i * (x_i - x_k), so that equal sources give themselves; k is the source of the largest weight, so that
+    rounding stays that of what the sum is nearest to. A weight of 1 alone gives the source's bits.
 
     Args:
         stored: For each source its dtype, as safetensors calls it.
@@ -63,9 +64,18 @@ class Blend:
         working = working_dtype(dtype, *stored)
         self._weights = [[working(weight) for weight in mix] for mix in self.mixes]
         self._wide = [np.empty(size, working) for _ in stored]
+        self._anchors = [max(range(len(mix)), key=lambda place: abs(mix[place])) for mix in self.mixes]
+        summed = [place for place, alone in enumerate(self._alone) if alone is None]
+        used = {self._anchors[place] for place in summed if self._affine[place]}
         # Differences may take the sources' place where no sum needs those themselves.
-        kept = not all(affine or alone is not None for affine, alone in zip(self._affine, self._alone, strict=True))
-        self._differences = [np.empty(size, working) for _ in stored[1:]] if kept else self._wide[1:]
+        inside = len(used) == 1 and all(self._affine[place] for place in summed)
+        # By anchor, for each source (its own is of no use).
+        self._differences = {
+            anchor: list(self._wide)
+            if inside
+            else [np.empty(size if place != anchor else 0, working) for place in range(len(stored))]
+            for anchor in sorted(used)
+        }
         self._total, self._term = np.empty(size, working), np.empty(size, working)
         self._out: Array = np.empty(size, STORAGE[dtype])
 
@@ -89,11 +99,14 @@ class Blend:
         # Whatever is not finite in a source is not finite in a sum either, also with a weight of 0: sums are looked at.
         if all(alone is not None for alone in self._alone):
             self._require_finite(arrays)
-        differences = [array[:n] for array in self._differences]
         with np.errstate(all="ignore"):
-            for numbers, difference in zip(wide[1:], differences, strict=True) if any(self._affine) else ():
-                np.subtract(numbers, wide[0], out=difference)
-        for mix, weights, alone, affine in zip(self.mixes, self._weights, self._alone, self._affine, strict=True):
+            for anchor, differences in self._differences.items():
+                for place, difference in enumerate(differences):
+                    if place != anchor:
+                        np.subtract(wide[place], wide[anchor], out=difference[:n])
+        for mix, weights, alone, affine, anchor in zip(
+            self.mixes, self._weights, self._alone, self._affine, self._anchors, strict=True
+        ):
             if alone is not None and self.stored[alone] == self.dtype:
                 yield arrays[alone]
                 continue
@@ -101,7 +114,9 @@ class Blend:
             if alone is not None:
                 widen(arrays[alone], self.stored[alone], total)
             elif affine:
-                _accumulate([wide[0], *differences], [_WHOLE, *weights[1:]], total, term)
+                others = [place for place in range(len(mix)) if place != anchor]
+                parts = [self._differences[anchor][place][:n] for place in others]
+                _accumulate([wide[anchor], *parts], [_WHOLE, *(weights[place] for place in others)], total, term)
             else:
                 _accumulate(wide, weights, total, term)
             scratch = term.view(np.uint32)[:n]

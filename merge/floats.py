@@ -52,7 +52,7 @@ def fits(values: Array, dtype: str) -> bool:
     # NaN is in any maximum, and less than nothing.
     limit = _OVERFLOW[dtype]
     # Not `values.max()`, which takes as long to call as a block of numbers takes to look at.
-    return bool(np.maximum.reduce(values) < limit and np.minimum.reduce(values) > -limit)
+    return float(np.maximum.reduce(values)) < limit and float(np.minimum.reduce(values)) > -limit
 
 
 def first_unfit(values: Array, dtype: str) -> int | None:
@@ -71,7 +71,8 @@ def narrow(values: Array, dtype: str, out: Array, scratch: Array) -> None:
         scratch: uint32, shape [n].
     """
     if dtype != "BF16":
-        np.copyto(out, values, casting="same_kind")
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(out, values, casting="same_kind")
         return
     if values.dtype == np.float64:
         values = _round_to_odd(values)

@@ -232,6 +232,18 @@ def test_what_is_not_finite_is_found_whatever_its_weight(kind: str, mix: tuple[f
             assert (caught.value.source, caught.value.place) == (source, 3)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@pytest.mark.parametrize("weights", [(0.001, 0.999), (0.999, 0.001), (1e-8, 1 - 1e-8), (0.2, 0.5, 0.3)])
+def test_rounding_is_that_of_the_terms_and_not_of_the_first_source(dtype: str, weights: tuple[float, ...]) -> None:
+    """A source of little weight and large numbers must not cost the others their digits."""
+    draw, kind = np.random.default_rng(0), STORAGE[dtype]
+    arrays = [(draw.standard_normal(256) * size).astype(kind) for size in (1e3, 1e-3, 1.0)[: len(weights)]]
+    (found,) = (out.copy() for out in Blend([dtype] * len(weights), [weights], dtype, 256)(arrays))
+    terms = [np.longdouble(weight) * array.astype(np.longdouble) for weight, array in zip(weights, arrays, strict=True)]
+    allowed = 4 * np.finfo(kind).eps * sum(abs(term) for term in terms)
+    assert (abs(found - sum(terms)) <= allowed).all()
+
+
 # --- models ------------------------------------------------------------------------------------------------------
 
 
