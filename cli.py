@@ -219,7 +219,16 @@ def frontier(
     ] = None,
     template: TemplateOption = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Answers a prompt and policy.")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto or transformers.")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="auto, transformers, vllm, openai or ray; docs/engines.md.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="How vLLM gets the policies: auto, lora or reload.")
+    ] = None,
+    engine_set: Annotated[
+        list[str] | None,
+        typer.Option("--engine-set", help="ENGINE.NAME=VALUE, as vllm.tensor_parallel_size=2; repeatable."),
+    ] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe's python judges run.")] = False,
     out: OutOption = None,
     seed: SeedOption = None,
@@ -232,6 +241,7 @@ def frontier(
     """
     _quiet_libraries()
     from psacpo.evalharness import frontier as job
+    from psacpo.evalharness.config import parse_engine_settings
     from psacpo.merge.config import parse_ratios
     from psacpo.recipe import Project
 
@@ -247,6 +257,8 @@ def frontier(
         template=template,
         samples=samples,
         engine=engine,
+        strategy=strategy,
+        **parse_engine_settings(engine_set or []),
         allow_code=allow_code or None,
         out=out,
         seed=seed,
@@ -273,6 +285,95 @@ def report(
 
 
 @app.command()
+def serve(
+    recipe: RecipeArgument = None,
+    base: BaseOption = None,
+    reward: RewardOption = None,
+    safety: SafetyOption = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option("--ratio", "--ratios", help="Serve this ratio and no other, nor the base; repeatable."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on, default 127.0.0.1; others need --api-key.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Default: 8000.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="PSACPO_API_KEY", help="Bearer token that clients must send."),
+    ] = None,
+    max_ratios: Annotated[
+        int | None, typer.Option("--max-ratios", help="Ratios held at once beside 0 and 1; default 64.")
+    ] = None,
+    snap: Annotated[float | None, typer.Option("--snap", help="Move ratios to the nearest multiple, as 0.05.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where built policies are kept.")] = None,
+    cache_size: Annotated[
+        str | None, typer.Option("--cache-size", help="Bytes that they may take, default 20GB.")
+    ] = None,
+    max_loras: Annotated[
+        int | None, typer.Option("--max-loras", help="Different ratios in one batch; default 10.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the weights: auto, float32, ...")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", help="Longest prompt and answer together, in tokens.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option("--gpu-memory-utilization", help="Part of the device's memory to take.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", help="Devices that each layer is split over.")
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", help="Groups of devices that layers are spread over.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="vLLM's name of a quantisation of the base.")
+    ] = None,
+    engine_args: Annotated[
+        str | None,
+        typer.Option("--engine-args", help="Further arguments of vLLM's server in one string: '--enforce-eager'."),
+    ] = None,
+    seed: SeedOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's log from the start.")] = False,
+) -> None:
+    """An OpenAI-compatible endpoint where model="policy@0.30" sets the dial per request. Needs vLLM.
+
+    By default for the reward and the safety adapter of the project here.
+    """
+    _quiet_libraries()
+    from psacpo.merge.config import parse_ratios
+    from psacpo.recipe import Project
+    from psacpo.serve import serve as job
+    from psacpo.serve.settings import serve_settings, split_arguments
+
+    config = serve_settings(
+        Project.find(recipe),
+        base=base,
+        reward=reward,
+        safety=safety,
+        ratios=parse_ratios(ratio or []) or None,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_ratios=max_ratios,
+        snap=snap,
+        cache_dir=cache_dir,
+        cache_size=cache_size,
+        max_loras=max_loras,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        quantization=quantization,
+        engine_args=split_arguments(engine_args),
+        seed=seed,
+        verbose=verbose or None,
+    )
+    raise typer.Exit(job(config))
+
+
+@app.command()
 def run(recipe: RecipeArgument = None, as_json: JsonOption = False) -> None:
     """align, frontier, and merge at the chosen ratio; resumable."""
     _quiet_libraries()
@@ -280,6 +381,20 @@ def run(recipe: RecipeArgument = None, as_json: JsonOption = False) -> None:
     from psacpo.recipe import Project
 
     raise typer.Exit(_show_run(job(Project.find(recipe)), as_json))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What is here: packages, devices, room, which engines work and what installs the others.
+
+    Exits with 2 when psacpo itself cannot work here.
+    """
+    _quiet_libraries()
+    from psacpo.doctor import examine, healthy, lines
+
+    found = examine()
+    _show(found, as_json, lines(found))
+    raise typer.Exit(0 if healthy(found) else 2)
 
 
 def _show_run(run: Path, as_json: bool) -> int:

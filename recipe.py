@@ -12,7 +12,7 @@ from pydantic import Field
 from psacpo.align.config import AlignConfig, Dtype, Lora, Stage
 from psacpo.config import Strict, read_yaml, validate
 from psacpo.errors import InputError
-from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric
+from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric, OpenAI, Ray, Vllm
 from psacpo.files import write_atomically
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, policy_name
 from psacpo.merge.mergekit import is_mergekit, read_mergekit
@@ -58,6 +58,11 @@ class Recipe(Strict):
     resamples: int = 2000
     max_invalid: float = 0.02
     engine: str = "auto"
+    strategy: str = "auto"
+    probe: bool = True
+    vllm: Vllm = Vllm()
+    openai: OpenAI = OpenAI()
+    ray: Ray = Ray()
     frontier: str = "frontier"
 
 
@@ -133,8 +138,8 @@ class Project:
             if self.recipe.prompts is not None:
                 values["prompts"] = self.root / self.recipe.prompts
         flags = _said(flags)
-        for name in ("adapters", "judges"):
-            values[name] |= flags.pop(name, {})
+        for name in ("adapters", "judges", "vllm", "openai", "ray"):
+            values[name] = values.get(name, {}) | flags.pop(name, {})
         values |= flags
         self._require(values, base="--base", prompts="--prompts", judges="--reward-model and --cost-model")
         return validate(FrontierConfig, values, where=self.name)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "cli.md"
-VERBS = ("demo", "align", "merge", "frontier", "report", "run")
+VERBS = ("demo", "align", "merge", "frontier", "report", "serve", "run", "doctor")
 
 
 def render() -> str:

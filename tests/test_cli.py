@@ -131,7 +131,7 @@ def test_aligning_again_does_nothing_again(project: Path) -> None:
 
 
 def test_help_is_there_for_all(tmp_path: Path) -> None:
-    verbs = ("demo", "align", "merge", "frontier", "report", "run")
+    verbs = ("demo", "align", "merge", "frontier", "report", "serve", "run", "doctor")
     for verb in verbs:
         done = psacpo_command(verb, "--help", cwd=tmp_path)
         assert done.returncode == 0
@@ -160,7 +160,10 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         (["merge", "--ratio", "abc"], ["ratio 'abc' is not a number", "0 to 1"]),
         (["merge", "--ratio", "1.5"], ["ratio 1.5 is out of range"]),
         (["merge", "--ratio", "0.3", "--as", "gguf"], ["gguf", "adapter"]),
-        (["merge", "--ratio", "0.3", "--reward", "nowhere", "--out", "new"], ["no reward model nowhere", "no directory nowhere"]),
+        (
+            ["merge", "--ratio", "0.3", "--reward", "nowhere", "--out", "new"],
+            ["no reward model nowhere", "no directory nowhere"],
+        ),
         (["merge", "--ratio", "0.3", "--reward", "frontier.nope", "--out", "new"], ["frontier.nope"]),
         (["merge", "--ratio", "0.3", "--base", ".", "--out", "new"], ["not a model directory"]),
         (["merge"], ["--ratio"]),

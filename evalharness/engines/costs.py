@@ -1,6 +1,6 @@
 """What a sweep by adapters costs against one by swapped weights: numbers in, seconds out.
 
-Both strategies are exact and both start one engine; what differs is the time after the start.
+Both strategies are exact, both start one engine and both make every token; only what each adds to that is told here.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that the parts of a sweep take on one kind of device.
+    """Seconds that a strategy adds on one kind of device.
 
     Attributes:
-        token: A token, for each parameter of the model.
         adapted: A token with an adapter, for each unit of max_lora_rank and each input or output of an adapted layer.
             vLLM works on factors padded to max_lora_rank, so the adapter's own rank does not enter.
         swap: A swap of weights, whatever their size.
         byte: A swap of weights, for each byte of them.
     """
 
-    token: float
     adapted: float
     swap: float
     byte: float
 
 
-CPU = Costs(token=6.4e-11, adapted=4.0e-9, swap=0.04, byte=1.1e-9)
+CPU = Costs(adapted=4.0e-9, swap=0.04, byte=1.1e-9)
 """vLLM 0.32 on one core, a model of 3.9 M parameters in float32 (docs/engines.md has the runs)."""
 
 
@@ -36,24 +34,22 @@ class Sweep:
 
     Attributes:
         tokens: Prompt and answer tokens of all requests.
-        parameters: Of the model.
-        bytes: Of its weights.
+        bytes: Of the model's weights.
         widths: Inputs plus outputs of all adapted layers.
         swaps: Policies that need weights of their own.
     """
 
     tokens: int
-    parameters: int
     bytes: int
     widths: int
     swaps: int
 
 
 def lora_seconds(sweep: Sweep, costs: Costs, max_lora_rank: int) -> float:
-    """All policies side by side, as adapters of rank at most `max_lora_rank`."""
-    return sweep.tokens * (costs.token * sweep.parameters + costs.adapted * max_lora_rank * sweep.widths)
+    """What adapters of rank at most `max_lora_rank` add to the tokens of all policies."""
+    return sweep.tokens * costs.adapted * max_lora_rank * sweep.widths
 
 
 def reload_seconds(sweep: Sweep, costs: Costs) -> float:
-    """One policy after another, each by a swap of weights."""
-    return sweep.tokens * costs.token * sweep.parameters + sweep.swaps * (costs.swap + costs.byte * sweep.bytes)
+    """What the swaps of weights take, one for each policy."""
+    return sweep.swaps * (costs.swap + costs.byte * sweep.bytes)

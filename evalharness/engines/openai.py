@@ -203,12 +203,10 @@ def _pause(backoff: float, attempt: int, after: str | None) -> float:
             return min(max(float(after), 0.0), _LONGEST_WAIT)
     except ValueError:
         pass  # a date: not worth a clock that may be wrong
-    return min(backoff * 2**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+    return min(backoff * 2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
 
 def _said(error: Any) -> str:
     body = error.body
     message = body.get("message") if isinstance(body, dict) else None
     return str(message or error.message).strip().splitlines()[0][:200]
-
-

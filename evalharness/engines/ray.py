@@ -27,9 +27,9 @@ class Worker:
 
     def __init__(self, config: FrontierConfig, base: str, policies: Sequence[Policy], plan: EnginePlan) -> None:
         from psacpo.evalharness.engines import start_engine
-        from psacpo.merge.adapters import read_adapter
+        from psacpo.evalharness.engines.whole import read_policy
 
-        adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
+        adapters = {name: read_policy(path, base) for name, path in config.adapters.items()}
         self.engine: Engine = start_engine(config, Path(base), adapters, policies, plan)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion | Failure]:

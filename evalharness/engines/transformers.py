@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,20 @@ from psacpo.evalharness.engines.mixture import AdapterMixture
 from psacpo.evalharness.engines.sampling import next_tokens, uniforms
 from psacpo.hub import load_model, load_tokenizer
 from psacpo.merge.adapters import Adapter
+
+# What torch and the system say when memory runs out; on a CPU it has no type of its own.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def _room_for(what: str, knob: str) -> Iterator[None]:
+    """One line that names the setting, where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, InputError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise InputError(f"out of memory for {what}", allowed=knob) from error
 
 
 @dataclass
@@ -60,14 +76,18 @@ class TransformersEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         path = Path(base)
         tokenizer = load_tokenizer(path)
-        model = load_model(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
-        model = model.to(device).eval()
-        return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
+        with _room_for(f"base {path} in {dtype} on {device}", "a smaller dtype, another device, or engine vllm"):
+            model = load_model(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
+            model = model.to(device).eval()
+            return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Answer the requests in batches of `batch_size`, in the order given: prompts of like length belong together."""
         for start in range(0, len(requests), self.generation.batch_size):
-            yield from self._generate(requests[start : start + self.generation.batch_size])
+            batch = requests[start : start + self.generation.batch_size]
+            with _room_for(f"a batch of {len(batch)} answers", "a smaller generation.batch_size or max_new_tokens"):
+                answers = self._generate(batch)
+            yield from answers
 
     @torch.inference_mode()
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:

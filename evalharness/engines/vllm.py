@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,8 @@ _UNSAFE = frozenset(("trust_remote_code", "allowed_local_media_path", "code_revi
 # Requests that are handed over before the first of them is answered, for each that vLLM works on at once.
 _AHEAD = 4
 _MAX_NUM_SEQS = 256
+# Tokens of one step on a CPU, where that holds the longest prompt.
+_BATCHED_TOKENS = 2048
 # The most likely tokens that vLLM gives log-probabilities of, unless it is started otherwise.
 _TOP = 20
 
@@ -101,6 +105,7 @@ class VllmEngine:
             "quantization": settings.quantization,
             "enforce_eager": eager,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "worker_extension_cls": f"{__package__}.vllm_worker.PolicyWorker",
         }
         if plan.strategy == "lora" and distinct:
@@ -201,7 +206,8 @@ class VllmEngine:
         if weights == self._loaded:
             return
         if isinstance(weights, Path):
-            method, arguments = "psacpo_load_checkpoint", {"path": str(weights.resolve())}
+            method = "psacpo_load_checkpoint"
+            arguments: dict[str, Any] = {"path": str(weights.resolve())}
         else:
             method = "psacpo_load_policy"
             paths = {name: str(self.adapters[name].path.resolve()) for name, _ in weights}
@@ -299,7 +305,11 @@ def _cpu_arguments(
 
     Left alone vLLM compiles, starts three processes and takes most of the machine's memory.
     """
-    arguments: dict[str, Any] = {}
+    # A prompt that is read in parts ends a seeded sweep there: vLLM 0.32 sets back the generator by `set_offset`, which
+    # those of a CPU do not have ("CPU Generator does not use offset").
+    arguments: dict[str, Any] = {"enable_chunked_prefill": False}
+    if max_model_len is not None:
+        arguments["max_num_batched_tokens"] = max(_BATCHED_TOKENS, max_model_len, max_num_seqs)
     if single:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
@@ -324,10 +334,14 @@ def _start(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
     # Standard output is for results.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Before it raises, vLLM writes out every request of the batch.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     require_vllm()
     try:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        with warnings.catch_warnings():  # of what its packages will have to rename
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
     except Exception as error:
         raise broken_vllm(error) from error
     known = set(EngineArgs.__dataclass_fields__)
@@ -337,7 +351,9 @@ def _start(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
         if name not in known:
             raise unknown_name("key in vllm.extra", name, known - _OURS - _UNSAFE)
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return LLMEngine.from_engine_args(EngineArgs(**arguments))
     except Exception as error:
         raise _start_error(error) from error
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from psacpo.merge.adapters import Adapter, read_adapter
+from psacpo.evalharness.engines.whole import read_policy
+from psacpo.merge.adapters import Adapter
 from psacpo.merge.checkpoints import delta_producer
 from psacpo.merge.models import ModelDirectory, read_model
 from psacpo.merge.stored import DTYPES
@@ -22,13 +23,13 @@ class PolicyWorker:
 
         Args:
             base: Model directory.
-            adapters: Name -> PEFT directory.
+            adapters: Name -> PEFT or model directory.
             weights: Adapter name -> weight; none is the base itself.
         """
         held: dict[str, Adapter] = self.__dict__.setdefault("_psacpo_adapters", {})
         for name in weights:
             if name not in held:
-                held[name] = read_adapter(Path(adapters[name]))
+                held[name] = read_policy(Path(adapters[name]), base)
         found = merged_weights(read_model(Path(base)), [held[name] for name in weights], list(weights.values()))
         worker: Any = self
         worker.reload_weights(weights_iterator=found)

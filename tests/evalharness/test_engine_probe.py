@@ -98,8 +98,36 @@ def test_a_ratio_that_is_another_is_named(
         right(weights)
 
     monkeypatch.setattr(engine.mixture, "set_rows", set_rows)
-    with pytest.raises(InputError, match=r"^policy@0\.40 is not the merged model in this engine: .* \(tolerance 0\.005\)"):
+    with pytest.raises(
+        InputError, match=r"^policy@0\.40 is not the merged model in this engine: .* \(tolerance 0\.005\)"
+    ):
         prove(engine, tiny_llama, adapters)
+
+
+def test_noise_is_no_effect(engine: TransformersEngine) -> None:
+    """Where there is no dense merge to go by, a policy has to move more than the base does from one place to another."""
+
+    class Noisy:
+        batch_size = None
+
+        def __init__(self, effect: float) -> None:
+            self.effect = effect
+
+        def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
+            return [
+                {
+                    request.key: {3: -1.0 + 1e-3 * (place // 2 % 2) + self.effect * bool(request.policy.adapted)}
+                    for place, request in enumerate(requests)
+                }
+            ]
+
+    def prove_blind(effect: float) -> list[str]:
+        blind: Any = Noisy(effect)
+        return probe(blind, [POLICIES[1], POLICIES[-1]], PROMPTS, reference=None, dtype="bfloat16")
+
+    assert prove_blind(0.01) == []
+    with pytest.raises(InputError, match=r"^policy@0\.40 says what the base says .* to 0\.001, which is how well"):
+        prove_blind(0.0)
 
 
 def test_one_wrong_worker_of_two_is_enough(
@@ -133,10 +161,11 @@ def test_numbers_that_are_none_are_named(
 
 
 def test_a_policy_too_weak_to_tell_is_said(tiny_llama: Path, make_adapter: Any) -> None:
-    faint = {name: read_adapter(make_adapter(tiny_llama, seed=seed, scale=1e-3)) for seed, name in enumerate(("reward", "safety"))}
-    engine = TransformersEngine.load(
-        tiny_llama, faint, generation=Generation(), dtype="float32", device="cpu"
-    )
+    faint = {
+        name: read_adapter(make_adapter(tiny_llama, seed=seed, scale=1e-3))
+        for seed, name in enumerate(("reward", "safety"))
+    }
+    engine = TransformersEngine.load(tiny_llama, faint, generation=Generation(), dtype="float32", device="cpu")
     lines = prove(engine, tiny_llama, faint)
     assert len(lines) == 3
     assert all("that it acts is not proven" in line for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install 'psacpo[ray]'")
 
@@ -17,6 +20,7 @@ from psacpo.evalharness import frontier
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines import Failure, Policy, Request
 from psacpo.evalharness.engines.plan import EnginePlan
+from psacpo.evalharness.engines.probe import dense_reference, probe
 from psacpo.evalharness.engines.ray import RayEngine, Worker, _room
 from psacpo.evalharness.engines.transformers import TransformersEngine
 from psacpo.hub import load_tokenizer
@@ -73,6 +77,57 @@ def test_a_killed_worker_loses_nothing(make_config: MakeConfig) -> None:
     finally:
         engine.close()
     assert ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_with_vllm_loses_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Two workers, each with a vLLM of its own: both are proven, one is killed, and all answers come."""
+    if importlib.util.find_spec("vllm") is None:
+        if os.environ.get("PSACPO_REQUIRE_VLLM") == "1":
+            pytest.fail("PSACPO_REQUIRE_VLLM=1, but vLLM is not installed")
+        pytest.skip("vLLM is not installed")
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    small = make_config()
+    base = tmp_path / "base"  # heads of 32, the smallest that vLLM has CPU kernels for
+    AutoTokenizer.from_pretrained(small.base).save_pretrained(base)
+    sizes = LlamaConfig.from_pretrained(small.base)
+    sizes.update({"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
+    torch.manual_seed(0)
+    LlamaForCausalLM(sizes).save_pretrained(base)
+    paths = {name: tmp_path / name for name in ("reward", "safety")}
+    for name, path in paths.items():
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj"]))
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.3 if name == "reward" else 0.2)
+        model.save_pretrained(path)
+    config = make_config(
+        base=str(base),
+        adapters=paths,
+        engine="ray",
+        ray={"engine": "vllm", "workers": 2, "cpus": 0.5, "batch_size": 4},
+        generation={"max_new_tokens": 16, "temperature": 0.0},
+    )
+    adapters = {name: read_adapter(path) for name, path in paths.items()}
+    requests = asked(config.base, 16)
+    local = TransformersEngine.load(base, adapters, generation=config.generation, dtype="float32", device="cpu")
+    expected = {answer.key: answer.token_ids for answer in local.generate(requests)}
+    plan = EnginePlan("vllm", "test", workers=True, strategy="lora", max_lora_rank=8, max_model_len=64)
+    engine = RayEngine(config, base, adapters, POLICIES, plan)
+    try:
+        reference = dense_reference(engine, base, adapters)
+        assert probe(engine, POLICIES, [requests[0].prompt_ids], reference=reference, dtype="float32") == []
+        victim = ray.get(engine.workers[1].process.remote())
+        stream = iter(engine.generate(requests))
+        found = {(first := next(stream)).key: first}
+        os.kill(victim, 9)
+        found |= {answer.key: answer for answer in stream}
+        assert found.keys() == expected.keys()
+        equal = sum(getattr(found[key], "token_ids", None) == ids for key, ids in expected.items())
+        assert equal >= 0.9 * len(expected)
+    finally:
+        engine.close()
 
 
 def test_a_worker_that_dies_each_time_gives_failures(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

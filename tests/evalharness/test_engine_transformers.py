@@ -131,6 +131,29 @@ def test_qwen2_with_biases(tiny_qwen2: Path, make_adapter: Any) -> None:
     torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_memory_that_runs_out_is_one_line(
+    tiny_llama: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_llama, adapters, batch_size=2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(engine, "_last_logits", full)
+    with pytest.raises(InputError, match=r"^out of memory for a batch of 2 answers; allowed: a smaller .*batch_size"):
+        list(engine.generate(requests(engine, policies())))
+    monkeypatch.setattr(AdapterMixture, "_attach", full)
+    with pytest.raises(InputError, match=r"^out of memory for base .* in float32 on cpu; allowed: a smaller dtype"):
+        load(tiny_llama, adapters)
+
+    def wrong(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(AdapterMixture, "_attach", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        load(tiny_llama, adapters)
+
+
 def test_an_adapter_of_another_shape_is_refused(tiny_llama: Path, adapters: dict[str, Path]) -> None:
     found = read_adapter(adapters["reward"])
     name, factors = next(iter(found.modules.items()))

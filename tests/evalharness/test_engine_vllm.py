@@ -10,11 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from psacpo.errors import InputError
@@ -25,6 +27,7 @@ from psacpo.evalharness.engines.probe import dense_reference, probe
 from psacpo.evalharness.engines.transformers import TransformersEngine
 from psacpo.evalharness.engines.vllm import VllmEngine
 from psacpo.evalharness.engines.vllm_worker import merged_weights
+from psacpo.evalharness.engines.whole import read_policy
 from psacpo.merge.adapters import Adapter, read_adapter
 from psacpo.merge.models import read_model
 
@@ -40,7 +43,7 @@ def real_vllm() -> None:
     """vLLM imports here, or the module is skipped with the reason."""
     try:
         import vllm  # noqa: F401
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from importing
         reason = f"vLLM cannot be imported: {type(error).__name__}: {str(error).splitlines()[0]}"
         if os.environ.get("PSACPO_REQUIRE_VLLM") == "1":
             pytest.fail(f"PSACPO_REQUIRE_VLLM=1, but {reason}")
@@ -226,6 +229,18 @@ def test_sampled_answers_hang_on_their_seed_alone(runs: dict[str, Ran], strategy
     assert all(answer.logprobs is None for answer in ran.sampled.values())
 
 
+def test_more_prompts_than_one_step_takes_are_sampled_too(base: Path, adapters: dict[str, Adapter]) -> None:
+    """On a CPU vLLM cannot draw with seeds for a prompt that it reads in parts: no step may leave one half read."""
+    plan = EnginePlan("vllm", "test", strategy="reload", max_model_len=40)
+    engine = start(base, adapters, plan, Generation(max_new_tokens=2, temperature=1.0), max_num_seqs=256)
+    try:
+        prompts = [Request(str(i), POLICIES[-1], tuple(range(3, 14 + i % 3)), seed=i) for i in range(300)]
+        assert sum(len(request.prompt_ids) for request in prompts[:256]) > 2048 + 13
+        assert len(answers(engine, prompts)) == 300
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("strategy", ["lora", "reload"])
 def test_stop_strings_cut_the_text(
     runs: dict[str, Ran], base: Path, adapters: dict[str, Adapter], requests: list[Request], strategy: str
@@ -253,7 +268,7 @@ def test_all_policies_share_the_batches_of_the_lora_strategy(runs: dict[str, Ran
     order = [key.rpartition("/")[0] for key in runs["lora"].greedy]
     assert len(set(order[:8])) > 1
     swapped = [key.rpartition("/")[0] for key in runs["reload"].greedy]
-    assert len([1 for a, b in zip(swapped, swapped[1:], strict=False) if a != b]) == len(POLICIES) - 1
+    assert len([1 for a, b in pairwise(swapped) if a != b]) == len(POLICIES) - 1
 
 
 def test_a_whole_checkpoint_is_swapped_in(runs: dict[str, Ran], reference: dict[str, Completion]) -> None:
@@ -263,6 +278,50 @@ def test_a_whole_checkpoint_is_swapped_in(runs: dict[str, Ran], reference: dict[
     for key, answer in found.items():
         place = key.rpartition("/")[2]
         assert answer.token_ids == reference[f"policy@0.30/{place}"].token_ids
+
+
+@pytest.mark.parametrize("kind", ["dora", "modules_to_save", "head", "whole"])
+def test_reload_carries_what_adapters_cannot(
+    base: Path, make_adapter: MakeAdapter, requests: list[Request], tmp_path: Path, kind: str
+) -> None:
+    """Each policy says what transformers says with the merged weights in it, and not what the base says."""
+    if kind == "whole":
+        paths = [tmp_path / "reward", tmp_path / "safety"]
+        for seed, path in enumerate(paths):
+            shutil.copytree(base, path)
+            model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            model.save_pretrained(path)
+    else:
+        options = {
+            "dora": {"use_dora": True},
+            "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+            "head": {"target_modules": ["q_proj", "lm_head"]},
+        }
+        paths = [make_adapter(base, seed=seed, **options[kind]) for seed in (3, 4)]
+    if kind == "modules_to_save":
+        for seed, path in enumerate(paths):
+            torch.manual_seed(seed)
+            tensors = load_file(path / "adapter_model.safetensors")
+            moved = {k: t if "lora_" in k else t + 0.1 * torch.randn_like(t) for k, t in tensors.items()}
+            save_file(moved, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    found = {name: read_policy(path, base) for name, path in zip(("reward", "safety"), paths, strict=True)}
+    plan = EnginePlan("vllm", "test", strategy="reload", max_model_len=64)
+    engine = start(base, found, plan, GREEDY, max_num_seqs=8)
+    try:
+        proof = dense_reference(engine, base, found)
+        assert proof is not None
+        prompts = [request.prompt_ids for request in requests]
+        assert probe(engine, POLICIES, prompts, reference=proof, dtype="float32") == []
+        expected = proof(POLICIES[1], prompts[:1])[0]
+        [answer] = engine.generate([replace(requests[1], prompt_ids=prompts[0])])
+        assert isinstance(answer, Completion)
+        assert answer.token_ids[0] == max(range(len(expected)), key=expected.__getitem__)
+    finally:
+        engine.close()
 
 
 def test_a_policy_that_does_not_act_is_named(base: Path, adapters: dict[str, Adapter], requests: list[Request]) -> None:

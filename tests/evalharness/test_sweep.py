@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -99,25 +97,55 @@ def test_a_killed_run_ends_in_the_same_result(make_config: MakeConfig, tmp_path:
     whole = frontier(make_config(out=tmp_path / "whole", samples=6))
     config = make_config(out=tmp_path / "killed", samples=6)
     script = tmp_path / "run.py"
+    # Each answer is written as it comes, and the process kills itself inside the write that passes 30 of 120: however
+    # fast the machine is, the kill falls in the middle of a batch and of a line.
     script.write_text(
-        "import sys, pickle\nfrom psacpo.evalharness import frontier\nfrom psacpo.evalharness.config import FrontierConfig\n"
-        "frontier(FrontierConfig.model_validate_json(open(sys.argv[1]).read()))\n"
+        """import os, signal, sys
+from psacpo.evalharness import frontier, records, sweep
+from psacpo.evalharness.config import FrontierConfig
+
+sweep._FLUSH = 0
+append = records.Store.append
+
+def killed(store, new):
+    append(store, new)
+    if store.path.name == "completions.jsonl" and len(store.records) > 30:
+        os.write(store._file.fileno(), b'{"key": "torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+records.Store.append = killed
+frontier(FrontierConfig.model_validate_json(open(sys.argv[1]).read()))
+"""
     )
     (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
-    records = config.out / "completions.jsonl"
-    process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "config.json")])
-    deadline = time.monotonic() + 120
-    while not (records.is_file() and records.stat().st_size > 3000):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = len(records.read_bytes().split(b"\n")) - 1
-    assert 0 < done < 120
+    found = subprocess.run([sys.executable, str(script), str(tmp_path / "config.json")], timeout=300, check=False)
+    assert found.returncode == -signal.SIGKILL
+    left = (config.out / "completions.jsonl").read_bytes().split(b"\n")
+    assert (len(left) - 1, left[-1]) == (31, b'{"key": "torn')
     frontier(config)
     for name in STABLE:
         assert (whole / name).read_bytes() == (config.out / name).read_bytes(), name
+
+
+def test_the_ids_that_were_sent_are_stored_and_begin_with_one_bos(make_config: MakeConfig, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = make_config()
+    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    rows = lines(frontier(config) / "prompts.jsonl")
+    assert len(rows) == 5
+    for row in rows:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        assert row["prompt_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert row["prompt_ids"][0] == tokenizer.bos_token_id
+        assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    hidden = tmp_path / "hidden.jsonl"
+    hidden.write_text(json.dumps({"id": "x", "prompt": f"open {tokenizer.bos_token} the lock"}) + "\n")
+    with pytest.raises(InputError, match=r"prompt 'x' holds the BOS token '<s>' 2 times"):
+        frontier(make_config(prompts=hidden, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_constraint_that_nothing_meets_leaves_no_choice(make_config: MakeConfig) -> None:
