@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from psacpo.config import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LossName = Literal["dpo", "cdpo", "ipo", "kto", "modpo", "safedpo", "tdpo1", "tdpo2", "radpo1", "radpo2"]
+RiskName = Literal["kl", "cvar", "erm", "cvar_released"]
+
+# Settings that some losses take; for the others they are no settings at all.
+LOSS_SETTINGS: dict[str, tuple[LossName, ...]] = {
+    "label_smoothing": ("cdpo",),
+    "alpha": ("tdpo2", "radpo2"),
+    "risk": ("radpo1", "radpo2"),
+    "risk_level": ("radpo1", "radpo2"),
+    "risk_per_token": ("tdpo1", "tdpo2", "radpo1", "radpo2"),
+    "margin_weight": ("modpo",),
+    "safety_margin": ("safedpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+# The levels of each measure of risk: whether a number is one, and which are, in words.
+_LEVELS: dict[RiskName, tuple[float, bool, str]] = {
+    "cvar": (1.0, True, "above 0 and at most 1, the mass of the tail"),
+    "erm": (float("inf"), False, "above 0"),
+    "cvar_released": (1.0, False, "above 0 and below 1"),
+}
 
 
 # What else lies in a project directory, and the word for no adapter at all.
@@ -41,11 +62,21 @@ class Stage(Strict):
             reaches it. The smoothing is an exponential moving average over steps with weight `stop_smoothing` on
             the past, corrected for its start at 0.
         columns: What the data call the prompt, chosen and rejected columns, where they call them otherwise.
+        label_smoothing: `cdpo`: the share of pairs taken to be the wrong way round.
+        alpha: `tdpo2`, `radpo2`: weight of the difference of the two answers' risks.
+        risk: `radpo1`, `radpo2`: the measure of the policy's drift from its reference at each token.
+        risk_level: Of `risk`: mass of the tail for cvar (default 0.97), mu for erm (default 1), the released code's
+            confidence level for cvar_released (default 0.95); kl has none.
+        risk_per_token: Whether an answer's risk is the mean over its tokens in the place of their sum.
+        margin_weight: `modpo`: the weight of the objective that the pairs are about.
+        safety_margin: `safedpo`: Delta, in units of beta times the margin.
+        desirable_weight, undesirable_weight: `kto`: weights of the two kinds of answers. The paper wants
+            desirable_weight * n_desirable between 1 and 4/3 times undesirable_weight * n_undesirable.
     """
 
     name: str
     data: str
-    loss: Literal["dpo"] = "dpo"
+    loss: LossName = "dpo"
     start: str | None = None
     beta: float | None = Field(None, gt=0)
     learning_rate: float = Field(1e-5, gt=0, le=1)
@@ -61,6 +92,15 @@ class Stage(Strict):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(default_factory=dict)
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5)
+    alpha: float = Field(0.5, ge=0)
+    risk: RiskName = "cvar"
+    risk_level: float | None = None
+    risk_per_token: bool = False
+    margin_weight: float = Field(1.0, gt=0)
+    safety_margin: float = Field(10.0, ge=0)
+    desirable_weight: float = Field(1.0, ge=0)
+    undesirable_weight: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _in_range(self) -> Stage:
@@ -71,6 +111,27 @@ class Stage(Strict):
                 f"stage name '{self.name}' is not a plain directory name, or is taken: {', '.join(_TAKEN)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_loss(self) -> Stage:
+        for name, losses in LOSS_SETTINGS.items():
+            if name in self.model_fields_set and self.loss not in losses:
+                raise ValueError(f"{name} is no setting of the loss {self.loss}; allowed: with {', '.join(losses)}")
+        if self.risk_level is not None:
+            if self.risk not in _LEVELS:
+                raise ValueError(f"the risk {self.risk} has no risk_level; allowed: none")
+            most, closed, words = _LEVELS[self.risk]
+            if not (0 < self.risk_level < most or (closed and self.risk_level == most)):
+                raise ValueError(f"risk_level {self.risk_level:g} is out of range for {self.risk}; allowed: {words}")
+        if self.loss == "kto" and self.desirable_weight == self.undesirable_weight == 0:
+            raise ValueError("desirable_weight and undesirable_weight are both 0; allowed: at least one above 0")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _of_its_loss(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the loss does not take: such a setting decides nothing, and given back it would be refused."""
+        shown: dict[str, Any] = handler(self)
+        return {name: value for name, value in shown.items() if self.loss in LOSS_SETTINGS.get(name, (self.loss,))}
 
 
 class AlignConfig(Strict):

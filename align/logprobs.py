@@ -1,8 +1,4 @@
-"""Log-probabilities of answers out of logits, over answer tokens only and in float32. Pure tensors.
-
-The token at position t is predicted by the logits at position t - 1. N is the number of answer tokens in a batch of
-B rows and T positions, taken row by row.
-"""
+"""Log-probabilities of tokens out of logits, in float32. Pure tensors."""
 
 from __future__ import annotations
 
@@ -11,42 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def predicting_mask(completion_mask: Tensor) -> Tensor:
-    """Where an answer token is predicted: one position before it. The last position never predicts.
-
-    Args:
-        completion_mask: True on answer tokens, never on the first position. Shape (B, T).
-
-    Returns:
-        Shape (B, T), with N positions True.
-    """
-    return F.pad(completion_mask[:, 1:], (0, 1))
-
-
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log pi(target) of each answer token.
+    """log pi(target) of each token.
 
     Args:
-        logits: Any floating dtype; brought to float32 before they are normalised. Shape (N, V).
-        targets: The answer tokens. Shape (N,).
+        logits: Any floating dtype; brought to float32 at least before they are normalised. Shape (N, V).
+        targets: Shape (N,).
 
     Returns:
-        Shape (N,), float32, in nats.
+        Shape (N,), float32 or float64, in nats.
     """
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    return -F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
 
-def sequence_log_probs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """log pi(answer | prompt) per row: the sum, never the mean, over its answer tokens.
+def in_place(found: Tensor, completion_mask: Tensor) -> Tensor:
+    """N tokens' values put where they belong, with 0 elsewhere, so that a sum over the last dimension is an answer's.
 
     Args:
-        logits: At the N positions of `predicting_mask`, row by row; no others need to be computed. Shape (N, V).
-        input_ids: Shape (B, T).
-        completion_mask: True on answer tokens, never on the first position. Shape (B, T).
+        found: Answer by answer, in order. Shape (N,).
+        completion_mask: With N places True. Shape (2B, L).
 
     Returns:
-        Shape (B,), float32, in nats.
+        Shape (2B, L).
     """
-    found = token_log_probs(logits, input_ids[completion_mask])
-    placed = torch.zeros(completion_mask.shape, dtype=torch.float32, device=logits.device)
-    return placed.masked_scatter(completion_mask, found).sum(dim=1)
+    return found.new_zeros(completion_mask.shape).masked_scatter(completion_mask, found)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from psacpo import hub
 from psacpo.align.config import Dtype, Lora
+from psacpo.align.lora import add_in_place
 from psacpo.align.losses import all_finite
 from psacpo.errors import InputError, unknown_name
 from psacpo.hub import model_directory
@@ -156,6 +157,7 @@ def load_policy(base: Base, lora: Lora, dtype: Dtype, start: Path | None, *, gra
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    add_in_place(policy)
     if gradient_checkpointing:
         # The second name is transformers' own for releases before 5.19.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -1,33 +1,143 @@
-"""Preference rows as token ids, cut to length with every cut counted, and padded batches of them."""
+"""Preference rows as token ids, cut to length with every cut counted."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from psacpo.align.data import Preferences
 from psacpo.errors import InputError
 from psacpo.files import digest
-from psacpo.prompting import encode_completion, encode_prompt
+from psacpo.prompting import Prompt, encode_completion, encode_prompt
+
+
+class Example(Protocol):
+    """A prompt and one or more answers to it, as token ids, at least one each."""
+
+    @property
+    def row(self) -> int:
+        """The row's number in its source, from 1."""
+        ...
+
+    @property
+    def prompt(self) -> list[int]: ...
+
+    @property
+    def answers(self) -> tuple[list[int], ...]: ...
+
+    def __len__(self) -> int:
+        """Tokens of the longest of its sequences."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Token ids of one preference, at least one each. `row` is the row's number in its source, from 1."""
+    """Token ids of one preference, at least one each. `row` is the row's number in its source, from 1.
+
+    Attributes:
+        margin: What `losses.modpo` and `losses.safedpo` know of the pair besides its order.
+    """
 
     row: int
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
+
+    @property
+    def answers(self) -> tuple[list[int], ...]:
+        return self.chosen, self.rejected
 
     def __len__(self) -> int:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Token ids of a prompt and of answers of which each is desirable or not by itself.
+
+    Attributes:
+        desirable: One label an answer.
+    """
+
+    row: int
+    prompt: list[int]
+    answers: tuple[list[int], ...]
+    desirable: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        """Tokens of the longest of its sequences."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+
+def labelled(example: Pair | Labelled) -> Labelled:
+    """A pair as two labelled answers, the chosen one desirable; what is labelled already stays as it is."""
+    if isinstance(example, Labelled):
+        return example
+    return Labelled(example.row, example.prompt, example.answers, (True, False))
+
+
+def mismatched(examples: Sequence[Labelled], seed: int) -> list[Labelled]:
+    """Each example's prompt with the answers of another one, whose prompt differs; every example gives its answers once.
+
+    The map is seeded and fixed for a whole run, so the reference needs to see these rows once only. An answer that
+    would reach beyond the longest of the examples loses its end.
+
+    Raises:
+        InputError: More than half of the answers are to one prompt, so that some cannot be put behind another.
+    """
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    # Equal prompts stand together, the most frequent ones first: half a turn on, none meets its own kind.
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place in order:
+        places.setdefault(tuple(examples[place].prompt), []).append(place)
+    groups = sorted(places.values(), key=lambda group: -len(group))
+    if 2 * len(groups[0]) > len(order):
+        raise InputError(
+            "kto needs answers behind prompts that are not theirs",
+            given=f"{len(groups[0])} of {len(order)} rows with one prompt",
+            allowed="at most half of the rows with the same prompt",
+        )
+    order = [place for group in groups for place in group]
+    step = len(groups[0])
+    longest = max(map(len, examples))
+    found = list(examples)
+    for position, place in enumerate(order):
+        prompt, giver = examples[place].prompt, examples[order[(position + step) % len(order)]]
+        answers = tuple(answer[: longest - len(prompt)] for answer in giver.answers)
+        found[place] = Labelled(examples[place].row, prompt, answers, giver.desirable)
+    return found
+
+
+def safe_first(
+    pairs: Sequence[Pair], safe: Mapping[int, tuple[bool, bool]], counts: dict[str, int] | None = None
+) -> list[Pair]:
+    """SafeDPO's transformation (arXiv 2505.20065): the safe answer of a pair is the chosen one, whatever was preferred.
+
+    Pairs with an unsafe chosen and a safe rejected answer are swapped, pairs of two unsafe answers left out. `margin`
+    becomes I_l - I_w, 1 where the rejected answer is unsafe.
+
+    Args:
+        safe: Of each row's number, whether its chosen and its rejected answer are safe.
+        counts: Gets `swapped` and `unsafe`, the number of pairs left out.
+    """
+    found: list[Pair] = []
+    swapped = 0
+    for pair in pairs:
+        chosen, rejected = safe[pair.row]
+        if not chosen and rejected:
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            chosen, rejected = rejected, chosen
+            swapped += 1
+        if chosen:
+            found.append(replace(pair, margin=float(not rejected)))
+    if counts is not None:
+        counts |= {"swapped": swapped, "unsafe": len(pairs) - len(found)}
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +160,93 @@ class Pairs:
 
     def summary(self) -> str:
         """The counts in words, zeros left out."""
-        counts = self.counts
-        dropped = [f"{counts[name]} {name}" for name in ("empty", "identical") if counts[name]]
-        text = f"{counts['used']} of {counts['read']} rows used"
-        text += f", dropped: {', '.join(dropped)}" if dropped else ""
-        return text + (f", cut to length: {counts['truncated']}" if counts["truncated"] else "")
+        return _in_words(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Labelled answers that training uses, and what became of the rows: `Pairs` for `losses.kto` on single answers.
+
+    Attributes:
+        counts: Rows `read`; of these dropped as `empty`; `used`; of these `truncated` and `desirable`.
+    """
+
+    source: str
+    answers: list[Labelled]
+    counts: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Digest of all token ids and labels, in order."""
+        return digest([[one.prompt, one.answers, one.desirable] for one in self.answers])
+
+    def summary(self) -> str:
+        """The counts in words, zeros left out."""
+        return _in_words(self.counts)
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    dropped = [f"{counts[name]} {name}" for name in ("empty", "identical") if counts.get(name)]
+    text = f"{counts['used']} of {counts['read']} rows used"
+    text += f", dropped: {', '.join(dropped)}" if dropped else ""
+    return text + (f", cut to length: {counts['truncated']}" if counts["truncated"] else "")
+
+
+class Judged(Protocol):
+    """One answer to a prompt with a label, as text."""
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def completion(self) -> str: ...
+
+    @property
+    def label(self) -> bool: ...
+
+
+def encode_answers(
+    source: str, rows: Sequence[Judged], tokenizer: Any, template: str | None, max_length: int
+) -> Answers:
+    """Encode, cut and count rows of single answers.
+
+    Raises:
+        InputError: A row does not go with the template, or no row is left.
+    """
+    found: list[Labelled] = []
+    counts = {"read": len(rows), "empty": 0, "truncated": 0, "used": 0, "desirable": 0}
+    for row in rows:
+        if not row.completion.strip():
+            counts["empty"] += 1
+            continue
+        whole = _encoded(source, row.row, row.prompt, (row.completion,), tokenizer, template)
+        prompt, answer = whole
+        keep_first = prompt[0] == tokenizer.bos_token_id
+        prompt, answer, _ = truncate(prompt, answer, answer, max_length=max_length, keep_first=keep_first)
+        counts["used"] += 1
+        counts["truncated"] += [prompt, answer] != whole
+        counts["desirable"] += row.label
+        found.append(Labelled(row.row, prompt, (answer,), (row.label,)))
+    if not found:
+        raise InputError(f"{source} leaves nothing to train on: {_in_words(counts)}")
+    return Answers(source, found, counts)
+
+
+def _encoded(
+    source: str, number: int, asked: Prompt, texts: Sequence[str], tokenizer: Any, template: str | None
+) -> list[list[int]]:
+    """Token ids of a prompt and of answers to it."""
+    try:
+        prompt = encode_prompt(tokenizer, asked, template)
+        answers = [encode_completion(tokenizer, asked, text, template) for text in texts]
+    except InputError as error:
+        raise InputError(f"{source} row {number}: {error}") from error
+    if not prompt:
+        raise InputError(f"{source} row {number}: the prompt has no tokens", allowed="at least one token")
+    return [prompt, *answers]
 
 
 def encode_rows(rows: Preferences, tokenizer: Any, template: str | None, max_length: int) -> Pairs:
@@ -69,13 +261,7 @@ def encode_rows(rows: Preferences, tokenizer: Any, template: str | None, max_len
         if not row.chosen.strip() or not row.rejected.strip():
             counts["empty"] += 1
             continue
-        try:
-            prompt = encode_prompt(tokenizer, row.prompt, template)
-            answers = [encode_completion(tokenizer, row.prompt, text, template) for text in (row.chosen, row.rejected)]
-        except InputError as error:
-            raise InputError(f"{rows.source} row {row.row}: {error}") from error
-        if not prompt:
-            raise InputError(f"{rows.source} row {row.row}: the prompt has no tokens", allowed="at least one token")
+        prompt, *answers = _encoded(rows.source, row.row, row.prompt, (row.chosen, row.rejected), tokenizer, template)
         cut = truncate(prompt, *answers, max_length=max_length, keep_first=prompt[0] == tokenizer.bos_token_id)
         if cut[1] == cut[2]:
             counts["identical"] += 1
@@ -111,28 +297,3 @@ def truncate(
             prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]] if keep_first else prompt[-room:]
         chosen, rejected = chosen[: max_length - len(prompt)], rejected[: max_length - len(prompt)]
     return prompt, chosen, rejected
-
-
-def collate(pairs: Sequence[Pair], pad_id: int) -> dict[str, Tensor]:
-    """B pairs as one right-padded batch of 2B rows: all chosen, then all rejected.
-
-    Under causal attention a token sees only what stands before it, so right padding changes no value of a real token.
-
-    Returns:
-        input_ids: (2B, T).
-        attention_mask: (2B, T), 1 on tokens, 0 on padding.
-        completion_mask: (2B, T), True on answer tokens.
-    """
-    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids, attended, answered = [], [], []
-    for prompt, answer in rows:
-        padding = longest - len(prompt) - len(answer)
-        ids.append(prompt + answer + [pad_id] * padding)
-        attended.append([1] * (longest - padding) + [0] * padding)
-        answered.append([False] * len(prompt) + [True] * len(answer) + [False] * padding)
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(attended),
-        "completion_mask": torch.tensor(answered),
-    }

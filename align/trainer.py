@@ -1,4 +1,8 @@
-"""The training loop of one stage: a Hugging Face Trainer that scores pairs, keeps one line a step, and knows its end."""
+"""The training loop of one stage: a Hugging Face Trainer that scores pairs, keeps one line a step, and knows its end.
+
+What a step is comes from the settings alone: its pairs, and the mean of their losses. How they are computed does not
+change it: the step's pairs are dealt anew by length into its batches, and each batch is split where that saves work.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from psacpo import console
 from psacpo.align.config import Stage
-from psacpo.align.forward import batch_log_probs, logits_selection
-from psacpo.align.losses import LOSSES, all_finite, smoothed
-from psacpo.align.pairs import Pair, collate
+from psacpo.align.forward import Route
+from psacpo.align.losses import all_finite, smoothed
+from psacpo.align.objectives import Pairwise, objective_of
+from psacpo.align.pairs import Labelled, Pair
+from psacpo.align.scoring import Scorer
 from psacpo.errors import InputError
 
 Metrics = dict[str, float | int | None]
@@ -30,19 +36,24 @@ class Outcome:
         metrics: One record an optimiser step, each taken before that step's update.
         stopped_by: "max_steps", "epochs" or "stop_margin".
         state: The full state dict of the policy, on the main process.
+        route: How the model was asked.
+        scored: Pairs whose reference was computed.
     """
 
     metrics: list[Metrics]
     stopped_by: str
     state: dict[str, Tensor]
+    route: Route
+    scored: int
 
 
 class PairTrainer(Trainer):
     """Trains a policy on pairs against the policy that it is when training begins.
 
-    The reference log-probabilities are those of the model at the start, in evaluation mode, computed once before the
-    first step. Every forward goes through the wrapped model, so data-parallel and sharded training work as in
-    `transformers`. The loss of a step is the mean over all its pairs, on all processes and accumulated batches.
+    The reference log-probabilities are those of the model at the start, in evaluation mode, computed once for each
+    pair when a step first holds it: a stage that ends early pays for no others. Every forward goes through the wrapped
+    model, so data-parallel and sharded training work as in `transformers`. The loss of a step is the mean over all its
+    pairs, on all processes and accumulated batches.
     """
 
     # `compute_loss` divides by the pairs of the whole step itself, so that uneven last batches weigh right.
@@ -52,7 +63,7 @@ class PairTrainer(Trainer):
         self,
         policy: Any,
         arguments: TrainingArguments,
-        pairs: list[Pair],
+        pairs: list[Pair] | list[Labelled],
         stage: Stage,
         *,
         beta: float,
@@ -65,29 +76,29 @@ class PairTrainer(Trainer):
             arguments: With `max_steps` set; every step must be logged.
             fresh: Whether the adapter is untrained, so that the reference is the base itself.
             pad_id: The token id that padding holds; it is masked everywhere.
+
+        Raises:
+            InputError: The stage's loss cannot learn from such rows.
         """
         self.pairs = pairs
         self.stage = stage
-        self.beta = beta
-        self.fresh = fresh
-        self.pad_id = pad_id
+        self.objective: Pairwise = objective_of(pairs, stage, beta, arguments.data_seed or arguments.seed)
         super().__init__(
             model=policy,
             args=arguments,
             train_dataset=range(len(pairs)),
-            data_collator=self.batch,
-            callbacks=[_ReferenceFirst(self)],
+            # The loader deals out numbers; rows are made when it is known which stand together.
+            data_collator=lambda indices: {"index": torch.tensor(indices)},
+            callbacks=[_Beginning(self)],
         )
         self.remove_callback(PrinterCallback)
         # Releases before 5.19 read this in the place of `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = True
-        self.policy = policy
-        self.selection = logits_selection(policy.get_base_model())
-        self.loss = LOSSES[stage.loss]
-        # Shape (2, number of pairs): reference log-probabilities of the chosen and of the rejected answers.
-        self.reference = torch.empty(2, 0)
+        self.scorer = Scorer(policy, self.objective.examples, pad_id, self.accelerator, fresh=fresh)
+        # Of the step so far: sums and numbers of what is measured, and their names.
         self.sums: Tensor | None = None
-        self.average = 0.0
+        self.measured: tuple[str, ...] = ()
+        self.average, self.smooth, self.margins = 0.0, 0.0, 0
         self.metrics: list[Metrics] = []
         self.reached = False
         self.bars = contextlib.ExitStack()
@@ -103,64 +114,62 @@ class PairTrainer(Trainer):
             self.train()
         stopped_by = "stop_margin" if self.reached else "epochs" if self.stage.max_steps is None else "max_steps"
         state = self.accelerator.get_state_dict(self.model_wrapped)
-        return Outcome(self.metrics, stopped_by, state)
+        known = self.scorer.reference[0, : len(self.pairs)].isfinite().int()
+        scored = int((self.accelerator.reduce(known, "sum") > 0).sum())
+        return Outcome(self.metrics, stopped_by, state, self.scorer.route, scored)
 
-    def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The pairs at `indices` as a batch: what `collate` gives, and `index`."""
-        return collate([self.pairs[index] for index in indices], self.pad_id) | {"index": torch.tensor(indices)}
-
-    def log_probs(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """log pi(answer | prompt) of chosen and rejected answers. Shape (2, B), float32, in nats."""
-        return batch_log_probs(model, batch, self.selection).view(2, -1)
-
-    @torch.no_grad()
-    def score_reference(self) -> Tensor:
-        """Log-probabilities of all pairs under the model as it is, in evaluation mode. Shape (2, number of pairs)."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        order = sorted(range(len(self.pairs)), key=lambda index: len(self.pairs[index]))
-        # Equally many for every process, some twice: under sharding each forward is a collective operation.
-        shares = math.ceil(len(order) / world)
-        mine = [order[place % len(order)] for place in range(rank, shares * world, world)]
-        model = self.model_wrapped
-        model.eval()
-        # A fresh adapter adds exact zeros; leaving it out gives the same numbers in less time.
-        found = []
-        with (
-            self.policy.disable_adapter() if self.fresh else contextlib.nullcontext(),
-            console.progress(f"{self.stage.name}: reference", len(mine)) as advance,
-        ):
-            for first in range(0, len(mine), self.stage.batch_size):
-                part = mine[first : first + self.stage.batch_size]
-                batch = {name: value.to(self.args.device) for name, value in self.batch(part).items()}
-                with self.accelerator.autocast():
-                    found.append(self.log_probs(model, batch))
-                advance(len(part))
-        places = torch.tensor(mine, device=self.args.device)
-        scores = self.accelerator.gather(torch.cat(found, dim=1).T.contiguous())
-        places = self.accelerator.gather(places)
-        result = torch.empty(len(self.pairs), 2, device=self.args.device)
-        result[places] = scores
-        return result.T.contiguous()
+    def begin(self) -> None:
+        """Look at the model once it is wrapped and on its device, before the first step."""
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        try:
+            why = self.scorer.begin(self.model_wrapped, half or self.scorer.base.dtype)
+        except FloatingPointError as error:
+            raise InputError(
+                f"stage '{self.stage.name}': the model gives {error} before it is trained",
+                allowed="a base and a start whose weights are finite, or dtype float32",
+            ) from error
+        self.objective.begin(self.scorer)
+        if why and self.accelerator.is_main_process:
+            console.say(f"{self.stage.name}: {why}")
+        self.advance = self.bars.enter_context(console.progress(self.stage.name, self.args.max_steps))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The batches of one optimiser step, and how many pairs they hold on all processes together."""
+        """The batches of one optimiser step, and how many losses they have on all processes together.
+
+        The pairs of this process are dealt anew by length, and those that no step has held are scored at the start.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(len(batch["index"]) for batch in batches), device=self.args.device)
-        return batches, self.accelerator.reduce(count, "sum")
+        indices = [index for batch in batches for index in batch["index"].tolist()]
+        dealt = self.scorer.deal(indices, [len(batch["index"]) for batch in batches])
+        referred = self.objective.referred(dealt)
+        unscored = self.scorer.unscored([index for part in referred for index in part])
+        counts = torch.tensor([self.objective.count(indices), len(unscored)], device=self.args.device)
+        losses, new = self.accelerator.reduce(counts, "sum")
+        if new:
+            self.scorer.score(referred)
+        self.objective.prepare(self.model_wrapped, dealt)
+        return [{"index": torch.tensor(part)} for part in dealt], losses
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over one batch, in as many calls as cost least together."""
+        parts = self.scorer.split(inputs["index"].tolist())
+        total = torch.zeros((), device=self.args.device)
+        for place, part in enumerate(parts, start=1):
+            with contextlib.nullcontext() if place == len(parts) else self.accelerator.no_sync(model):
+                total += super().training_step(model, self.scorer.batch(part), num_items_in_batch)
+        return total
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This batch's share of the step's mean loss."""
-        index = inputs["index"]
-        chosen, rejected = self.log_probs(model, inputs)
-        reference_chosen, reference_rejected = self.reference[:, index]
-        found = self.loss(chosen, rejected, reference_chosen, reference_rejected, self.beta)
+        found = self.objective(model, inputs)
         if not all_finite(found.losses):
-            self.refuse(found.losses, index)
-        margins = found.margins
-        parts = (found.losses.detach(), margins, (margins > 0).float(), *found[1:], torch.ones_like(margins))
-        sums = torch.stack([part.sum() for part in parts])
+            self.refuse(found.losses, inputs["index"])
+        self.measured = tuple(found.measured)
+        parts = found.measured.values()
+        counts = torch.tensor([len(part) for part in parts], dtype=torch.float32, device=found.losses.device)
+        sums = torch.stack([torch.stack([part.sum().float() for part in parts]), counts])
         self.sums = sums if self.sums is None else self.sums + sums
         # Data-parallel training averages gradients over processes; the sum over them is wanted.
         loss = found.losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
@@ -180,26 +189,31 @@ class PairTrainer(Trainer):
         """Called by the Trainer after every step: keep the step's record and decide whether the margin is reached."""
         if self.sums is None:
             return  # The Trainer's closing summary, which is about time.
-        sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        sums, counts = self.accelerator.reduce(self.sums, "sum").tolist()
         self.sums = None
-        loss, margin, accuracy, chosen, rejected = (value / sums[-1] for value in sums[:-1])
-        step = self.state.global_step
-        self.average, smooth = smoothed(self.average, margin, len(self.metrics) + 1, self.stage.stop_smoothing)
+        means = {
+            name: value / count if count else math.nan
+            for name, value, count in zip(self.measured, sums, counts, strict=True)
+        }
+        shown = self.objective.record(means)
+        loss, margin = shown.pop("loss"), shown.pop("margin")
+        if margin is not None:
+            self.margins += 1
+            self.average, self.smooth = smoothed(self.average, margin, self.margins, self.stage.stop_smoothing)
         record: Metrics = {
-            "step": step,
+            "step": self.state.global_step,
             "loss": loss,
             "margin": margin,
-            "margin_smoothed": smooth,
-            "accuracy": accuracy,
-            "chosen_logratio": chosen,
-            "rejected_logratio": rejected,
+            "margin_smoothed": self.smooth,
+            **shown,
             "learning_rate": logs["learning_rate"],
             # Not finite where a float16 step overflowed and was passed over; JSON has no word for that but null.
             "grad_norm": logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None,
         }
         self.metrics.append(record)
-        self.advance(1, note=f"loss {loss:.3f} margin {margin:.2f}")
-        if self.stage.stop_margin is not None and smooth >= self.stage.stop_margin:
+        kl = f" kl {shown['kl']:.2f}" if shown.get("kl") is not None else ""
+        self.advance(1, note=f"loss {loss:.3f} margin {self.smooth if margin is None else margin:.2f}{kl}")
+        if self.stage.stop_margin is not None and self.margins and self.smooth >= self.stage.stop_margin:
             self.reached = self.control.should_training_stop = True
         if self.args.report_to:
             super().log({name: value for name, value in record.items() if value is not None}, start_time)
@@ -209,13 +223,11 @@ class PairTrainer(Trainer):
         return 0
 
 
-class _ReferenceFirst(TrainerCallback):
-    """Scores the reference when the model is wrapped and on its device, then opens the bar of the steps."""
+class _Beginning(TrainerCallback):
+    """Calls `PairTrainer.begin` when the model is wrapped and on its device."""
 
     def __init__(self, trainer: PairTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        trainer = self.trainer
-        trainer.reference = trainer.score_reference()
-        trainer.advance = trainer.bars.enter_context(console.progress(trainer.stage.name, trainer.args.max_steps))
+        self.trainer.begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from psacpo.align.data import Preference, Preferences, read_preferences
-from psacpo.align.pairs import Pair, collate, draw, encode_rows, truncate
+from psacpo.align.pairs import Labelled, Pair, draw, encode_answers, encode_rows, truncate
 from psacpo.errors import InputError
 
 RAW = "USER: {prompt} ASSISTANT:"
@@ -61,6 +62,33 @@ def test_counts(tiny_llama: Path) -> None:
     assert tokenizer.decode(found.pairs[1].prompt).endswith("bread <|assistant|>")
 
 
+@dataclass(frozen=True)
+class Row:
+    row: int
+    prompt: Any
+    completion: str
+    label: bool
+
+
+def test_single_answers(tiny_llama: Path) -> None:
+    """The same tokens as in a pair; what is empty or cut is counted."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    long = "bread " * 40
+    rows = [Row(1, "how", "help", True), Row(2, "how", " ", True), Row(3, long, "sorry", False)]
+    found = encode_answers("rows", rows, tokenizer, None, 32)
+    pair, other = encode_rows(preferences(("how", "help", "x"), (long, "sorry", "y")), tokenizer, None, 32).pairs
+    assert found.answers == [
+        Labelled(1, pair.prompt, (pair.chosen,), (True,)),
+        Labelled(3, other.prompt, (other.chosen,), (False,)),
+    ]
+    assert found.counts == {"read": 3, "empty": 1, "truncated": 1, "used": 2, "desirable": 1}
+    assert found.summary() == "2 of 3 rows used, dropped: 1 empty, cut to length: 1"
+    flipped = encode_answers("rows", [Row(1, "how", "help", False), rows[2]], tokenizer, None, 32)
+    assert flipped.digest != found.digest
+    with pytest.raises(InputError, match="nothing to train on: 0 of 1 rows used, dropped: 1 empty"):
+        encode_answers("rows", rows[1:2], tokenizer, None, 32)
+
+
 def test_nothing_left(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     with pytest.raises(InputError, match="nothing to train on: 0 of 1 rows used, dropped: 1 empty"):
@@ -92,13 +120,6 @@ def test_draw() -> None:
     assert [pair.row for pair in some] == sorted({pair.row for pair in some})
     assert len(some) == 20
     assert some == draw(pairs, 20, 1) != draw(pairs, 20, 2)
-
-
-def test_collate() -> None:
-    batch = collate([Pair(1, [5, 6], [7], [8, 9])], 0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [5, 6, 8, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["completion_mask"].tolist() == [[False, False, True, False], [False, False, True, True]]
 
 
 USER = {"role": "user", "content": "how"}

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from psacpo.align import AlignConfig, align, plan
 from psacpo.align.data import read_preferences
-from psacpo.align.forward import batch_log_probs
-from psacpo.align.pairs import collate, encode_rows
-from psacpo.align.stages import total_steps
+from psacpo.align.forward import PLAIN, answer_log_probs
+from psacpo.align.layout import padded_rows
+from psacpo.align.pairs import encode_rows
+from psacpo.align.planning import total_steps
 from psacpo.errors import InputError
 from psacpo.files import digest_file, digest_model, read_manifest
 
@@ -48,10 +49,11 @@ def margins(config: AlignConfig, policy: str, reference: str, data: str) -> torc
     pairs = encode_rows(read_preferences(data, {}), tokenizer, config.template, config.max_length).pairs
     scores = []
     for name in (policy, reference):
-        model: Any = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
-        model = model if name == "base" else PeftModel.from_pretrained(model, config.out / name)
+        base: Any = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
+        model: Any = base if name == "base" else PeftModel.from_pretrained(base, config.out / name)
         with torch.no_grad():
-            scores.append(batch_log_probs(model.eval(), collate(pairs, 0), "all").view(2, -1))
+            found = answer_log_probs(model.eval(), base, padded_rows(pairs, 0), PLAIN)
+        scores.append(found.sum(dim=1).view(2, -1))
     ratios = scores[0] - scores[1]
     return ratios[0] - ratios[1]
 
@@ -85,7 +87,15 @@ def test_manifest(finished: AlignConfig, metrics: Metrics) -> None:
     assert [m["start"] for m in (reward, safety, naive)] == ["base", "reward", "base"]
     assert [m["steps"] for m in (reward, safety, naive)] == [12, 4, 4]
     assert {m["stopped_by"] for m in (reward, safety, naive)} == {"max_steps"}
-    assert reward["rows"] == {"read": 48, "empty": 0, "identical": 0, "truncated": 0, "used": 48, "drawn": 48}
+    assert reward["rows"] == {
+        "read": 48,
+        "empty": 0,
+        "identical": 0,
+        "truncated": 0,
+        "used": 48,
+        "drawn": 48,
+        "scored": 48,
+    }
     assert safety["rows"]["drawn"] == 32
     assert reward["final"] == metrics(finished.out / "reward")[-1]
     assert reward["seeds"]["seed"] == 7
