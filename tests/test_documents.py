@@ -112,7 +112,7 @@ def test_pages_name_every_key_of_a_recipe() -> None:
     from psacpo.align.config import Stage
     from psacpo.recipe import Recipe
 
-    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("align", "merge", "frontier"))
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("align", "merge", "frontier", "engines"))
     for settings in (Recipe, Stage):
         for name, field in settings.model_fields.items():
             assert f"{field.alias or name}" in pages, name
