@@ -88,7 +88,7 @@ def checkpoint_writer(
     inputs: Callable[[Any], Mapping[str, str]],
     *,
     dtype: str | None,
-    threads: int = 1,
+    write_files: Callable[..., list[dict[str, str]]] | None = None,
 ) -> Callable[[Sequence[Mix], Open, Describe, Advance], None]:
     """A `Job.write` of full weights: side files, then every shard of `layout` for all outputs in one pass.
 
@@ -97,7 +97,7 @@ def checkpoint_writer(
         make: Mixes -> the producer of their tensors.
         inputs: The producer, once it is through -> digests of inputs that only then are known.
         dtype: Of the outputs, in config.json's words; None keeps the layout's.
-        threads: How many may produce at once.
+        write_files: Writes the shards as `psacpo.merge.shards.write_shards` does, which it is by default.
     """
 
     def write(mixes: Sequence[Mix], open_directory: Open, describe: Describe, advance: Advance) -> None:
@@ -107,7 +107,7 @@ def checkpoint_writer(
             directories = [stack.enter_context(open_directory(mix)) for mix in mixes]
             produce = make(mixes)
             stored = SAFETENSORS_DTYPES[dtype] if dtype else None
-            written = write_shards(directories, layout, produce, threads=threads, dtype=stored, done=advance)
+            written = (write_files or write_shards)(directories, layout, produce, dtype=stored, done=advance)
             found = inputs(produce)
             for mix, directory, files in zip(mixes, directories, written, strict=True):
                 copy_side_files(layout, directory, dtype=dtype)
@@ -175,10 +175,11 @@ def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[s
     everyone = [*models.values(), *([base] if base else [])]
     stored = SAFETENSORS_DTYPES[config.dtype] if config.dtype else None
     if plain:
-        from psacpo.merge.linear import THREADS, linear_producer, require_same_tensors
+        from psacpo.merge.linear import linear_producer, require_same_tensors
+        from psacpo.merge.processes import write_in_processes
 
         require_same_tensors(models)
-        threads = THREADS
+        write_files: Any = write_in_processes
 
         def inputs(producer: Any) -> Mapping[str, str]:
             return dict(zip(models, map(weights_digest, producer.input_digests()), strict=True))
@@ -188,7 +189,7 @@ def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[s
     else:
         from psacpo.merge.combine import method_producer
 
-        threads = 1
+        write_files = None
 
         def inputs(producer: Any) -> Mapping[str, str]:
             named = {**models, **({"base": base} if base else {})}
@@ -216,7 +217,7 @@ def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[s
         bytes_out=lambda mix: model_bytes(layout) + small,
         memory=(40 << 20) if plain else (500 << 20) + 4 * (len(everyone) + 2) * largest,
         work=model_bytes(layout),
-        write=checkpoint_writer(layout, make, inputs, dtype=config.dtype, threads=threads),
+        write=checkpoint_writer(layout, make, inputs, dtype=config.dtype, write_files=write_files),
         warnings=tokenizer_warnings(models, layout),
     )
 

@@ -152,6 +152,15 @@ class LinearProducer:
             return None
         return self._blocks(name, entry.shape, self.dtype or entry.dtype)
 
+    @property
+    def hashes(self) -> dict[tuple[int, str], bytes]:
+        """What went through so far: (source, tensor) -> XXH3-128 of its bytes."""
+        return self._hashes
+
+    def learn(self, hashes: Mapping[tuple[int, str], bytes]) -> None:
+        """Take over the hashes of what went through elsewhere."""
+        self._hashes.update(hashes)
+
     def input_digests(self) -> list[dict[str, str]]:
         """For each source: file name -> digest. What was not asked for (shards that were finished before) is read now."""
         return [
