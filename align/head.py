@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from psacpo.align.logprobs import token_log_probs
+from psacpo.align.scratch import Scratch
 
 # Bytes of one chunk's float32 logits: large enough for full speed of the matrix products, small beside activations.
 _CHUNK_BYTES = {"cpu": 1 << 25}
@@ -62,9 +62,12 @@ class _FrozenHead(torch.autograd.Function):
         differentiable = ctx.needs_input_grad[0]
         found = hidden.new_empty(len(hidden), dtype=torch.float32)
         jacobian = torch.empty_like(hidden) if differentiable else None
+        scratch = Scratch()
         for start in range(0, len(hidden), chunk):
             rows, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = F.linear(rows, weight, bias).float()
+            out = scratch.rows("logits", len(rows), len(weight), weight.dtype, weight.device)
+            products = torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
+            logits = products.float()
             peak = logits.amax(dim=1, keepdim=True)
             picked = logits.gather(1, wanted) - peak
             scaled = logits.sub_(peak).exp_()

@@ -13,7 +13,7 @@ from torch import Tensor
 from psacpo.align.config import Stage
 from psacpo.align.layout import Batch
 from psacpo.align.losses import LOSSES, AnswerTerms, Loss, Options, PairTerms, kl_baseline
-from psacpo.align.pairs import Example, Labelled, Pair, labelled, mismatched
+from psacpo.align.pairs import Example, Labelled, Pair, labelled, mismatched, require_margins
 from psacpo.align.scoring import Scorer
 from psacpo.errors import InputError
 
@@ -216,4 +216,5 @@ def objective_of(pairs: Sequence[Pair | Labelled], stage: Stage, beta: float, se
             f"stage '{stage.name}': {stage.loss} learns from pairs, and the rows are single answers with a label",
             allowed="rows with chosen and rejected answers, or loss kto",
         )
+    require_margins(stage.name, stage.loss, [pair for pair in pairs if isinstance(pair, Pair)])
     return (Pairwise if loss.risk is None else Risky)(pairs, stage, beta, seed)

@@ -140,6 +140,24 @@ def safe_first(
     return found
 
 
+# What losses need to know of pairs besides their order.
+_MARGINS = {
+    "modpo": "a margin column: the other objectives' weighted rewards of the chosen minus the rejected answer",
+    "safedpo": "whether each answer is safe, and at least one pair of a safe and an unsafe one",
+}
+
+
+def require_margins(stage: str, loss: str, pairs: Sequence[Pair]) -> None:
+    """
+    Raises:
+        InputError: The loss goes by the pairs' margins, and none has any: it would be dpo under another name.
+    """
+    if loss in _MARGINS and not any(pair.margin for pair in pairs):
+        raise InputError(
+            f"stage '{stage}': {loss} needs what the rows do not have", given="no margins", allowed=_MARGINS[loss]
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Pairs:
     """The pairs that training uses, and what became of the rows.

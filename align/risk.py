@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from psacpo.align.scratch import Scratch
 from psacpo.align.tilt import tail_weights
 from psacpo.errors import InputError, unknown_name
 
@@ -45,16 +46,17 @@ class Tilted(NamedTuple):
     mass: Tensor | None = None
 
 
-Tilt: TypeAlias = Callable[[Tensor, Tensor, float], Tilted]
+# From log p, d, a level and memory to use; what is found may lie in that memory.
+Tilt: TypeAlias = Callable[[Tensor, Tensor, float, Scratch], Tilted]
 
 
-def mean_under(weights: Tensor, ratios: Tensor) -> Tensor:
+def mean_under(weights: Tensor, ratios: Tensor, scratch: Scratch) -> Tensor:
     """The weighted sum of each row. Shape (n,) of two of shape (n, V)."""
     # Not a matrix product: on a GPU those may round their factors to 10 bits (TF32).
-    return (weights * ratios).sum(dim=1)
+    return torch.mul(weights, ratios, out=scratch.like("product", weights)).sum(dim=1)
 
 
-def kl(reference: Tensor, ratios: Tensor, level: float = 1.0) -> Tilted:
+def kl(reference: Tensor, ratios: Tensor, level: float, scratch: Scratch) -> Tilted:
     """Kullback-Leibler divergence of the reference from the policy, the "forward" one of TDPO.
 
     Args:
@@ -62,11 +64,11 @@ def kl(reference: Tensor, ratios: Tensor, level: float = 1.0) -> Tilted:
         ratios: d = log p - log q, 0 where p is 0. Shape (n, V).
         level: Not used.
     """
-    weights = reference.exp()
-    return Tilted(mean_under(weights, ratios), weights)
+    weights = torch.exp(reference, out=scratch.like("weights", reference))
+    return Tilted(mean_under(weights, ratios, scratch), weights)
 
 
-def cvar(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
+def cvar(reference: Tensor, ratios: Tensor, level: float, scratch: Scratch) -> Tilted:
     """Conditional value at risk: the mean of d over the part of p, `level` in all, where d is largest.
 
     Ra-DPO defines the lower tail of a reward; with the sign that its advantage gives to the divergence this is the
@@ -78,12 +80,13 @@ def cvar(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
         level: Mass of the tail, in (0, 1].
     """
     if level == 1:
-        return kl(reference, ratios)
-    weights = tail_weights(ratios, reference.exp(), level)
-    return Tilted(mean_under(weights, ratios), weights)
+        return kl(reference, ratios, level, scratch)
+    masses = torch.exp(reference, out=scratch.like("masses", reference))
+    weights = tail_weights(ratios, masses, level, scratch)
+    return Tilted(mean_under(weights, ratios, scratch), weights)
 
 
-def erm(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
+def erm(reference: Tensor, ratios: Tensor, level: float, scratch: Scratch) -> Tilted:
     """Entropic risk: log E[exp(mu d)] / mu, which is the Renyi divergence of p from q of order 1 + mu.
 
     It grows from the KL divergence at mu -> 0 to the largest d at mu -> infinity; rounding adds 1e-7/mu in float32.
@@ -95,12 +98,14 @@ def erm(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
         ratios: d. Shape (n, V).
         level: mu, above 0.
     """
-    exponents = torch.add(reference, ratios, alpha=level)
-    total = exponents.logsumexp(dim=1, keepdim=True)
-    return Tilted((total / level).squeeze(1), exponents.sub_(total).exp_())
+    exponents = torch.add(reference, ratios, alpha=level, out=scratch.like("weights", reference))
+    peak = exponents.amax(dim=1, keepdim=True)
+    weights = exponents.sub_(peak).exp_()
+    total = weights.sum(dim=1, keepdim=True)
+    return Tilted(((peak + total.log()) / level).squeeze(1), weights.div_(total))
 
 
-def cvar_released(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
+def cvar_released(reference: Tensor, ratios: Tensor, level: float, scratch: Scratch) -> Tilted:
     """What the code that was released with Ra-DPO computes by default under the name of CVaR, for comparison with it.
 
     In each half of the vocabulary, E[d] over the tokens whose d is above a quantile that counts tokens and not their
@@ -116,7 +121,7 @@ def cvar_released(reference: Tensor, ratios: Tensor, level: float) -> Tilted:
     for part in (slice(None, half), slice(half, None)):
         edge = torch.quantile(ratios[:, part], 1 - level, dim=1, keepdim=True)
         weights[:, part].masked_fill_(ratios[:, part] <= edge, 0)
-    return Tilted(mean_under(weights, ratios), weights, weights.sum(dim=1, keepdim=True))
+    return Tilted(mean_under(weights, ratios, scratch), weights, weights.sum(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class Risk:
     """A measure of risk: its function and the levels that it has.
 
     Attributes:
-        tilt: From log p, d and a level to the risk and its tilted reference.
+        tilt: To the risk and its tilted reference.
         default: The level where none is given; None where the measure has no level.
         low, high: The levels allowed lie between, without the ends.
         closed: Whether `high` itself is allowed.
@@ -170,14 +175,14 @@ def risk_level(risk: str, level: float | None = None) -> float:
     return level
 
 
-def log_ratios(reference: Tensor, policy: Tensor) -> Tensor:
+def log_ratios(reference: Tensor, policy: Tensor, scratch: Scratch) -> Tensor:
     """d = log p - log q, and 0 at tokens which the reference cannot give: they have no weight in any measure.
 
     Args:
         reference: log p. Shape (n, V).
         policy: log q. Shape (n, V).
     """
-    ratios = reference - policy
+    ratios = torch.sub(reference, policy, out=scratch.like("ratios", reference))
     if bool(reference.amin() == float("-inf")):
         ratios.masked_fill_(reference == float("-inf"), 0)
     return ratios
@@ -229,7 +234,8 @@ class _TokenRisk(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, tilt: Tilt, level: float) -> Tensor:
         policy = widened(logits).log_softmax(dim=1)
         reference = widened(reference_logits).log_softmax(dim=1)
-        found = tilt(reference, log_ratios(reference, policy), level)
+        scratch = Scratch()
+        found = tilt(reference, log_ratios(reference, policy, scratch), level, scratch)
         if ctx.needs_input_grad[0]:
             given = policy.exp_() if found.mass is None else policy.exp_().mul_(found.mass)
             ctx.save_for_backward(given.sub_(found.weights).to(logits.dtype))

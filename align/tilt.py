@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from psacpo.align.scratch import Scratch
+
 # Bins of a histogram, and as many halvings of the range of values as narrow it down as far.
 _BINS = 1024
 _HALVINGS = 10
@@ -38,11 +40,11 @@ class Edge(NamedTuple):
 
 # From values and masses of shape (n, V), their least and largest values of shape (n, 1), and tails of shape (n,), to
 # the atoms that can be the edge, shape (n, V), and the mass of all atoms above these, shape (n,).
-Narrow: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Narrow: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Scratch], tuple[Tensor, Tensor]]
 Search: TypeAlias = Callable[[Tensor, Tensor, Tensor], Edge]
 
 
-def tail_weights(values: Tensor, masses: Tensor, tail: float) -> Tensor:
+def tail_weights(values: Tensor, masses: Tensor, tail: float, scratch: Scratch | None = None) -> Tensor:
     """Each atom's share of the upper tail: the weights of the mean that is the conditional value at risk.
 
     Atoms above the value at risk weigh p/a. Those at it share what is left in proportion to p, so the weights sum to
@@ -52,21 +54,23 @@ def tail_weights(values: Tensor, masses: Tensor, tail: float) -> Tensor:
         values: x, finite. Shape (n, V).
         masses: p, at least 0, each row of sum 1 up to rounding. Shape (n, V).
         tail: a, in (0, 1].
+        scratch: Memory for what is found and on the way.
 
     Returns:
         Shape (n, V).
     """
-    edge = tail_edge(values, masses, masses.new_full((len(masses),), tail))
+    scratch = scratch or Scratch()
+    edge = tail_edge(values, masses, masses.new_full((len(masses),), tail), scratch)
     # Rounding may put the edge one atom off; the share is then 0 or 1, and dividing by what is there mends the sum.
     share = ((tail - edge.above) / edge.atom.clamp(min=torch.finfo(masses.dtype).tiny)).clamp_(0, 1)
     # As numbers and not as truth values, which costs a CPU a tenth of the time.
-    level, weights = edge.value[:, None], torch.empty_like(values)
-    at_edge = torch.eq(values, level, out=torch.empty_like(values)).mul_(share[:, None])
-    weights = torch.gt(values, level, out=weights).add_(at_edge).mul_(masses)
+    level = edge.value[:, None]
+    at_edge = torch.eq(values, level, out=scratch.like("product", values)).mul_(share[:, None])
+    weights = torch.gt(values, level, out=scratch.like("weights", values)).add_(at_edge).mul_(masses)
     return weights.div_((edge.above + share * edge.atom)[:, None])
 
 
-def tail_edge(values: Tensor, masses: Tensor, tails: Tensor) -> Edge:
+def tail_edge(values: Tensor, masses: Tensor, tails: Tensor, scratch: Scratch | None = None) -> Edge:
     """The largest value whose atoms, together with those of larger values, hold at least the tail's mass.
 
     On a CPU it is found with histograms and a sort of the one bin that holds it. Elsewhere it is found by halving:
@@ -77,13 +81,20 @@ def tail_edge(values: Tensor, masses: Tensor, tails: Tensor) -> Edge:
         masses: At least 0. Shape (n, V).
         tails: Above 0, at most the row's mass up to rounding. Shape (n,).
     """
+    scratch = scratch or Scratch()
     if values.device.type == "cpu":
-        return narrowed(values, masses, tails, inside_bin, by_sorting)
-    return narrowed(values, masses, tails, inside_halves, by_halving)
+        return narrowed(values, masses, tails, inside_bin, by_sorting, scratch)
+    return narrowed(values, masses, tails, inside_halves, by_halving, scratch)
 
 
 def narrowed(
-    values: Tensor, masses: Tensor, tails: Tensor, narrow: Narrow, search: Search, rounds: int = _ROUNDS
+    values: Tensor,
+    masses: Tensor,
+    tails: Tensor,
+    narrow: Narrow,
+    search: Search,
+    scratch: Scratch,
+    rounds: int = _ROUNDS,
 ) -> Edge:
     """`tail_edge` by looking again and again at fewer atoms, then at each of those that are left.
 
@@ -95,7 +106,7 @@ def narrowed(
     if rounds == 0 or values.shape[1] <= _FEW:
         return search(values, masses, tails)
     low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-    inside, above = narrow(values, masses, tails, low, high)
+    inside, above = narrow(values, masses, tails, low, high, scratch)
     # Rows of one value (a policy that still is its reference has no others) are their own answer.
     several = high > low
     if not bool(several.all()):
@@ -113,24 +124,28 @@ def narrowed(
     # What fills the shorter rows has no mass, and a value that does not widen their range.
     lowest = torch.where(several, few_values.amin(dim=1, keepdim=True), low)
     few_values = torch.where(few_values < float("inf"), few_values, lowest)
-    found = narrowed(few_values, few_masses, tails - above, narrow, search, rounds - 1)
+    found = narrowed(few_values, few_masses, tails - above, narrow, search, scratch, rounds - 1)
     found = found._replace(above=found.above + above)
     return Edge(*(torch.where(counts > 0, one, other) for one, other in zip(found, alone, strict=True)))
 
 
-def inside_bin(values: Tensor, masses: Tensor, tails: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def inside_bin(
+    values: Tensor, masses: Tensor, tails: Tensor, low: Tensor, high: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """`narrow` by a histogram of mass over value: the atoms of the bin that holds the edge."""
     scale = (_BINS - 1) / (high - low)
     scale.masked_fill_(~torch.isfinite(scale), 0)
     # All rows' bins in one histogram, each row's behind the one before.
     first = torch.arange(0, _BINS * len(values), _BINS, dtype=torch.int32, device=values.device)[:, None]
-    bins = values.sub(low).mul_(scale).to(torch.int32).add_(first)
+    scaled = torch.sub(values, low, out=scratch.like("product", values)).mul_(scale)
+    bins = scratch.like("bins", values, torch.int32).copy_(scaled).add_(first)
     held = torch.bincount(bins.flatten(), masses.flatten(), minlength=_BINS * len(values)).view(len(values), _BINS)
     total = held.flip(1).cumsum(dim=1).to(masses.dtype)
     # Rounding may leave the sum of all short of the tail: then the edge is the lowest value.
     place = (total < tails[:, None]).sum(dim=1, keepdim=True).clamp_(max=_BINS - 1)
     above = torch.where(place > 0, total.gather(1, (place - 1).clamp(min=0)), 0)
-    return bins == (first + (_BINS - 1) - place).to(torch.int32), above.squeeze(1)
+    held_by = (first + (_BINS - 1) - place).to(torch.int32)
+    return torch.eq(bins, held_by, out=scratch.like("inside", values, torch.bool)), above.squeeze(1)
 
 
 def places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +164,9 @@ def places_of(mask: Tensor) -> tuple[Tensor, Tensor]:
     return flat // mask.shape[1], flat % mask.shape[1]
 
 
-def inside_halves(values: Tensor, masses: Tensor, tails: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def inside_halves(
+    values: Tensor, masses: Tensor, tails: Tensor, low: Tensor, high: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """`narrow` by halving the range of values a fixed number of times."""
     start, end = _halved(values, masses, tails, low, high, _HALVINGS)
     inside = (values <= end) & ((values > start) | (start == low))

@@ -31,6 +31,7 @@ from psacpo.align.risk import (
     tilted_risk,
     widened,
 )
+from psacpo.align.scratch import Scratch
 
 # Bytes of one array of the rows that stay in a CPU's cache while passes are made over them.
 _BLOCK_BYTES = 1 << 21
@@ -57,9 +58,18 @@ class Head(NamedTuple):
         tensors = (self.weight,) if self.bias is None else (self.weight, self.bias)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Shape (n, V), at least float32, from hidden states of shape (n, D)."""
-        found = widened(F.linear(hidden, self.weight, self.bias))
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Shape (n, V), at least float32, from hidden states of shape (n, D).
+
+        Args:
+            out: Where the matrix product goes, of its dtype; not where a gradient is wanted.
+        """
+        if out is None:
+            found = widened(F.linear(hidden, self.weight, self.bias))
+        elif self.bias is None:
+            found = widened(torch.mm(hidden, self.weight.T, out=out))
+        else:
+            found = widened(torch.addmm(self.bias, hidden, self.weight.T, out=out))
         if self.scale != 1:
             found = found * self.scale
         return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
@@ -194,7 +204,9 @@ def _pulled_back(head: Head, logits: Tensor, targets: Tensor | None, mixture: Te
         mixture: Overwritten. Shape (n, V).
     """
     slopes = head.slopes(logits)
-    product = widened(mixture.mul_(slopes).to(head.weight.dtype) @ head.weight)
+    if isinstance(slopes, Tensor) or slopes != 1:
+        mixture.mul_(slopes)
+    product = widened(mixture.to(head.weight.dtype) @ head.weight)
     if targets is None:
         return product.neg_()
     at_target = slopes.gather(1, targets[:, None]) if isinstance(slopes, Tensor) else slopes
@@ -249,23 +261,27 @@ class _FrozenRisks(torch.autograd.Function):
         jacobians = [torch.empty_like(hidden) for _ in range(2 if slopes is None else 1)] if wanted else []
         outputs = widened(hidden.new_empty(0)).new_empty(4, len(hidden)).unbind()
         log_probs, reference_log_probs, risks, divergences = outputs
+        scratch = Scratch()
         block = _block_rows(len(head.weight), chunk, hidden.device.type)
         for part in _chunks(len(hidden), chunk):
             target = targets[part]
-            logits = head.logits(hidden[part])
+            shape = len(target), len(head.weight), hidden.dtype, hidden.device
+            logits = head.logits(hidden[part], scratch.rows("logits", *shape))
             # In each block the reference's logits give way to what they were needed for: the mixture.
-            mixture = reference_head.logits(reference_hidden[part])
-            second = torch.empty_like(mixture) if len(jacobians) == 2 else None
+            mixture = reference_head.logits(reference_hidden[part], scratch.rows("mixture", *shape))
+            second = scratch.like("second", mixture) if len(jacobians) == 2 else None
             for rows in _chunks(len(target), block):
                 here = slice(part.start + rows.start, min(part.start + rows.stop, part.start + len(target)))
-                policy = logits[rows].log_softmax(dim=1)
-                reference = mixture[rows].log_softmax(dim=1)
+                policy, reference = (
+                    torch.log_softmax(all_[rows], 1, out=scratch.like(name, all_[rows]))
+                    for name, all_ in (("policy", logits), ("reference", mixture))
+                )
                 log_probs[here] = policy.gather(1, target[rows, None]).squeeze(1)
                 reference_log_probs[here] = reference.gather(1, target[rows, None]).squeeze(1)
-                ratios = log_ratios(reference, policy)
-                found = tilt(reference, ratios, level)
+                ratios = log_ratios(reference, policy, scratch)
+                found = tilt(reference, ratios, level, scratch)
                 risks[here] = found.risk
-                divergences[here] = found.risk if tilt is kl else mean_under(reference.exp_(), ratios)
+                divergences[here] = found.risk if tilt is kl else mean_under(reference.exp_(), ratios, scratch)
                 if not wanted:
                     continue
                 mass = 1.0 if found.mass is None else found.mass

@@ -1,11 +1,11 @@
 """A step of psacpo against TRL's, DPO and KTO, on the same rows, model, LoRA and seeds: time and peak memory.
 
-    python benchmarks/align_vs_trl.py [--quick] [--device cuda] [--rows preferences.jsonl]
+    python benchmarks/align_vs_trl.py [--quick | --all] [--device cuda] [--rows preferences.jsonl]
 
 Both train through their own real loop; after every optimiser step the next one has its turn, so that a busy machine
 slows all alike. TRL has its best options: reference log-probabilities computed beforehand, no gradient checkpointing,
-and, beside the output layer that it ships on a CPU, the compact one that it uses on a GPU (answers' tokens only), with
-all pairs in one batch and with one pair a batch. First both must agree on DPO's loss and gradient (on KTO's they do in
+and the compact output layer that it uses on a GPU (answers' tokens only). With --all it also runs with the output layer
+that it ships on a CPU, and with one pair a batch in the place of all. First both must agree on DPO's loss and gradient (on KTO's they do in
 tests/align/test_align_trl.py: here the rows stand in another order). KTO has both answers of every pair, each with
 its label. A step of Ra-DPO with CVaR, which TRL has not, is compared with psacpo's own DPO step. What the reference says of
 all rows is computed before the first step in every arm. Memory is the peak above what is held before the first step, each
@@ -70,8 +70,8 @@ ARMS = {
 # Whose figure each one's is divided by.
 OURS = {name: "psacpo_kto" if name.endswith("_kto") else "psacpo" for name in ARMS}
 PEERS = ["trl", "trl_compact", "trl_compact_one"]
-# What --quick has: TRL at its best against psacpo.
-QUICK = ["trl_compact", "psacpo", "trl_compact_kto", "psacpo_kto", "psacpo_cvar"]
+# What is measured without --all: TRL at its best against psacpo.
+USUAL = ["trl_compact", "psacpo", "trl_compact_kto", "psacpo_kto", "psacpo_cvar"]
 LOSSES = {"kto": {"loss": "kto"}, "cvar": {"loss": "radpo2", "risk": "cvar", "risk_level": 0.97}}
 
 
@@ -309,6 +309,8 @@ class Arm:
         """The whole loop, in a thread of its own: each step waits for its turn."""
         try:
             self.gate.wait()
+            # A number of threads holds for the thread that sets it.
+            torch.set_num_threads(self.options.threads)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.start()
@@ -478,22 +480,24 @@ def memory(name: str, root: Path, options: argparse.Namespace, *, one_call: bool
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a size that ends within five minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, 2 pairs a step: to see that it runs")
+    parser.add_argument("--all", action="store_true", help="also TRL as shipped, and with one pair a batch")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rows", help="preference rows with plain prompts, in place of random ones")
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--pairs", type=int, default=8, help="a step")
-    parser.add_argument("--steps", type=int, default=0, help="0: 4 with --quick, else 9; the first is not counted")
+    parser.add_argument("--hidden", type=int, default=0, help="0: 256 with --quick, else 384")
+    parser.add_argument("--layers", type=int, default=0, help="0: 4 with --quick, else 6")
+    parser.add_argument("--pairs", type=int, default=0, help="a step; 0: 2 with --quick, else 8")
+    parser.add_argument("--steps", type=int, default=0, help="0: 3 with --quick, else 5; the first is not counted")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one-call", action="store_true", help="keep psacpo from splitting a batch")
     parser.add_argument("--measure", choices=list(ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.steps = options.steps or (4 if options.quick else 9)
+    for name, quick, usual in (("hidden", 256, 384), ("layers", 4, 6), ("pairs", 2, 8), ("steps", 3, 5)):
+        setattr(options, name, getattr(options, name) or (quick if options.quick else usual))
     return options
 
 
@@ -509,7 +513,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         make_inputs(root, options)
-        arms = {name: Arm(name, root, options) for name in (QUICK if options.quick else ARMS)}
+        arms = {name: Arm(name, root, options) for name in (ARMS if options.all else USUAL)}
         peers = [name for name in PEERS if name in arms]
         agreed = agreement(arms, options)
         bound = 1e-4 if options.dtype == "float32" else 2e-2

@@ -48,7 +48,7 @@ def write_in_processes(
     if len(groups) < 2 or size < _WORTHWHILE or sys.platform != "linux":
         return write_shards(directories, layout, producer, dtype=dtype, done=done)
     context = multiprocessing.get_context("fork")
-    workers: dict[Connection, Any] = {}
+    workers: dict[Any, Any] = {}  # the end of a pipe to hear it by -> the process
     written: list[dict[str, str]] = [{} for _ in directories]
     try:
         for group in groups:
@@ -60,9 +60,8 @@ def write_in_processes(
             workers[receiver].start()
             sender.close()
         while workers:
-            for receiver in wait(list(workers)):
-                assert isinstance(receiver, Connection)
-                _hear(receiver, workers, written, producer, done)
+            for heard in wait(list(workers)):
+                _hear(heard, workers, written, producer, done)
     except BaseException:
         for process in workers.values():
             process.terminate()
@@ -89,8 +88,8 @@ def _bytes(layout: ModelDirectory, shard: str) -> int:
 
 
 def _hear(
-    receiver: Connection,
-    workers: dict[Connection, Any],
+    receiver: Any,
+    workers: dict[Any, Any],
     written: list[dict[str, str]],
     producer: LinearProducer,
     done: Callable[[int], None],

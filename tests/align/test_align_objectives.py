@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,11 @@ def test_loss_and_gradient_are_the_definitions(
     The start is not the base and the policy is not the start, so each of the three must be the right one.
     """
     stage = {"name": "a", "data": five, "beta": 0.4, "batch_size": 5, "max_steps": 1} | SETTINGS[name]
-    trainer = make_trainer(make_config(tiny_llama, tmp_path / "out", [stage]), tmp_path)
-    objective, policy = trainer.objective, trainer.model
+    config, pairs = make_config(tiny_llama, tmp_path / "out", [stage]), None
     if name in ("modpo", "safedpo"):
-        from dataclasses import replace
-
-        objective.pairs = [replace(pair, margin=float(place % 2)) for place, pair in enumerate(objective.pairs)]
+        pairs = [replace(pair, margin=float(place % 2)) for place, pair in enumerate(prepare(config).tasks[0].drawn)]
+    trainer = make_trainer(config, tmp_path, pairs)
+    objective, policy = trainer.objective, trainer.model
     shake(policy, 1)
     with torch.no_grad():
         start = {
@@ -282,11 +282,31 @@ def test_safe_answers_come_first() -> None:
     assert counts == {"swapped": 1, "unsafe": 1}
 
 
+@pytest.mark.parametrize("loss", ["modpo", "safedpo"])
+def test_a_loss_that_goes_by_margins_needs_some(loss: str) -> None:
+    stage = Stage.model_validate({"name": "a", "data": "rows.jsonl", "loss": loss})
+    pairs = [Pair(n, [5], [6], [7]) for n in (1, 2)]
+    with pytest.raises(InputError, match=f"stage 'a': {loss} needs .*(margin column|safe)"):
+        objective_of(pairs, stage, 0.1, 0)
+    objective_of([*pairs, Pair(3, [5], [6], [7], margin=1.0)], stage, 0.1, 0)
+
+
+# Imports once and then becomes two processes.
 SCRIPT = """
-import sys, json, torch
+import os, sys, json, torch
 from psacpo.align import AlignConfig, align
+import psacpo.align.stages, psacpo.align.trainer
 torch.set_num_threads(1)
-align(AlignConfig.model_validate(json.loads(sys.argv[1])))
+children = []
+for rank in "01":
+    child = os.fork()
+    if child:
+        children.append(child)
+        continue
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+    align(AlignConfig.model_validate(json.loads(sys.argv[1])))
+    sys.exit()
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
@@ -314,14 +334,10 @@ def test_two_processes_are_one(
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    running = [
-        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    align(configs["one"])
-    for process in running:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said[-2000:]
+    with subprocess.Popen(command, env=shared, stderr=subprocess.PIPE, text=True) as running:
+        align(configs["one"])
+        _, said = running.communicate(timeout=240)
+    assert running.returncode == 0, said[-2000:]
     for kind in kinds:
         manifest = json.loads((tmp_path / "two" / kind["name"] / "psacpo.json").read_text())
         assert manifest["rows"]["scored"] == manifest["rows"]["drawn"] == 16

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psacpo.align.risk import RISKS, log_ratios, risk_level, token_risk
+from psacpo.align.scratch import Scratch
 from psacpo.errors import InputError
 
 LEVELS = [("kl", None), ("cvar", 0.3), ("cvar", 0.97), ("erm", 0.5), ("erm", 5.0), ("cvar_released", 0.95)]
@@ -116,8 +117,8 @@ def test_gradient_is_q_minus_w(risk: str, level: float | None) -> None:
     assert policy.grad is not None
     lp = reference.log_softmax(1)
     with torch.no_grad():
-        d = log_ratios(lp, policy.log_softmax(1))
-        found = RISKS[risk].tilt(lp, d, risk_level(risk, level))
+        d = log_ratios(lp, policy.log_softmax(1), Scratch())
+        found = RISKS[risk].tilt(lp, d, risk_level(risk, level), Scratch())
         mass = 1.0 if found.mass is None else found.mass
         torch.testing.assert_close(policy.grad, mass * policy.softmax(1) - found.weights)
         if found.mass is None:

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from psacpo.align.scratch import Scratch
 from psacpo.align.tilt import Edge, by_halving, by_sorting, inside_bin, inside_halves, narrowed, tail_edge, tail_weights
 
 
 def in_bins(values: Tensor, masses: Tensor, tails: Tensor) -> Edge:
-    return narrowed(values, masses, tails, inside_bin, by_sorting)
+    return narrowed(values, masses, tails, inside_bin, by_sorting, Scratch())
 
 
 def in_halves(values: Tensor, masses: Tensor, tails: Tensor) -> Edge:
-    return narrowed(values, masses, tails, inside_halves, by_halving)
+    return narrowed(values, masses, tails, inside_halves, by_halving, Scratch())
 
 
 SEARCHES = [tail_edge, in_bins, in_halves]
