@@ -101,7 +101,7 @@ def plan_jobs(
             raise InputError(
                 f"prompt '{row.id}' is {len(ids)} tokens and max_new_tokens {max_new_tokens}: over the base's "
                 f"{max_length} positions",
-                allowed="shorter prompts or a smaller max_new_tokens",
+                allowed="shorter prompts, or a smaller generation.max_new_tokens in psacpo.yaml",
             )
         for sample in range(samples):
             # One seed for all policies: common random numbers make their differences sharper.
