@@ -125,6 +125,12 @@ def digest_directory(path: Path, *, patterns: Iterable[str] = ("*",)) -> str:
     return digest([[name, digest_file(found[name])] for name in sorted(found)])
 
 
+def other_files(directory: Path) -> list[str]:
+    """The files of an output directory by their path in it, but its manifest and what a `resumable_directory` needs."""
+    found = [file.relative_to(directory) for file in directory.rglob("*") if file.is_file()]
+    return sorted(name.as_posix() for name in found if name.parts[0] not in (PROGRESS, MANIFEST))
+
+
 MODEL_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 
 
@@ -147,6 +153,9 @@ def readable_io_errors(path: Path) -> Iterator[None]:
             errno.EPERM: "permission denied",
             errno.ENOTDIR: "a part of the path is a file, not a directory",
             errno.ENAMETOOLONG: "the path is too long",
+            errno.ELOOP: "its symbolic links lead in a circle",
+            errno.EBUSY: "it is in use by the system (a mount point)",
+            errno.EXDEV: "it is on another file system than its parent directory",
         }
         if error.errno not in known:
             raise
@@ -162,19 +171,21 @@ def require_free_space(path: Path, needed: int) -> None:
 
 def require_unused(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output directory that exists and holds something, unless `overwrite` was said."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"output {path} exists and is not a directory")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(
-            f"output directory {path} is in use (it is not empty)", allowed="a new or empty directory, or --overwrite"
-        )
-    if not (path / MANIFEST).is_file():
-        raise InputError(
-            f"output directory {path} is in use, and not by psacpo (it holds no {MANIFEST}): nothing is overwritten",
-            allowed="a new or empty directory, or one that psacpo wrote",
-        )
+    with readable_io_errors(path):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"output {path} exists and is not a directory")
+        if not path.is_dir() or not any(path.iterdir()):
+            return
+        if not overwrite:
+            raise InputError(
+                f"output directory {path} is in use (it is not empty)",
+                allowed="a new or empty directory, or --overwrite",
+            )
+        if not (path / MANIFEST).is_file():
+            raise InputError(
+                f"output directory {path} is in use, and not by psacpo (it holds no {MANIFEST}): nothing is overwritten",
+                allowed="a new or empty directory, or one that psacpo wrote",
+            )
 
 
 def require_apart(out: Path, inputs: Iterable[Path], *, replaced: bool = False) -> None:
@@ -183,9 +194,9 @@ def require_apart(out: Path, inputs: Iterable[Path], *, replaced: bool = False) 
     Args:
         replaced: Whether `out` is replaced as a whole, so that no input may lie in it either.
     """
-    target = out.resolve()
+    target = Path(os.path.realpath(out))
     for given in inputs:
-        place = given.resolve()
+        place = Path(os.path.realpath(given))
         if target == place or place in target.parents:
             raise InputError(f"output {out} lies in the input {given}", allowed="a directory outside it")
         if replaced and target in place.parents:
@@ -196,18 +207,26 @@ def require_apart(out: Path, inputs: Iterable[Path], *, replaced: bool = False) 
 def atomic_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a directory beside `out` to write in; on success fsync it and rename it to `out`, on failure remove it.
 
+    What a process left that was killed in here is mended by the next call for the same `out`. Of two calls at once the
+    one that ends first has `out`, and the other is refused, unless it was told to overwrite.
+
     Raises:
         InputError: `out` is in use, or cannot be written.
     """
     require_unused(out, overwrite=overwrite)
-    with readable_io_errors(out):
+    with readable_io_errors(out), contextlib.ExitStack() as locks:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        for abandoned in _temporaries(out, "partial"):
+            _remove_abandoned(abandoned)
+        _restore_replaced(out)
+        require_unused(out, overwrite=overwrite)
+        partial = _locked_temporary(locks, out, "partial")
         try:
             yield partial
             for file in sorted(partial.rglob("*")):
                 _fsync(file)
             partial.chmod(0o777 & ~_umask())
+            require_unused(out, overwrite=overwrite)
             _replace_directory(partial, out)
             _fsync(out.parent)
         except BaseException:
@@ -263,6 +282,7 @@ def resumable_directory(out: Path, *, key: str, overwrite: bool = False) -> Iter
             shutil.rmtree(partial / PROGRESS)
             for file in [*sorted(partial.rglob("*")), partial]:
                 _fsync(file)
+            require_unused(out, overwrite=overwrite)
             _replace_directory(partial, out)
             _fsync(out.parent)
         except Exception:
@@ -327,22 +347,74 @@ def _keep_finished(partial: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def _temporaries(out: Path, kind: str) -> list[Path]:
+    """The directories beside `out` that `_locked_temporary` made for it, and no one else's."""
+    pattern = re.compile(re.escape(f".{out.name}.{kind}-") + "[a-z0-9_]{8}")
+    return [entry for entry in out.parent.iterdir() if pattern.fullmatch(entry.name) and not entry.is_symlink()]
+
+
+def _locked_temporary(locks: contextlib.ExitStack, out: Path, kind: str) -> Path:
+    """A new directory beside `out`, held until `locks` closes: one that no one holds was left by a process that died."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}-", dir=out.parent))
+        # One that was taken for abandoned before it could be locked is left to whoever did so.
+        with contextlib.suppress(InputError):
+            _lock_directory(locks, made, out)
+            return made
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove a temporary directory that no process holds."""
+    with contextlib.suppress(FileNotFoundError), _if_abandoned(directory) as abandoned:
+        if abandoned:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _if_abandoned(directory: Path, *, unknown: bool = False) -> Iterator[bool]:
+    """Whether no process holds a directory, which then is held inside; `unknown` where that cannot be told."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    except OSError:  # a file system without locks on directories (NFS)
+        yield unknown
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
 def _restore_replaced(out: Path) -> None:
     """Mend what a process left that died between the two renames of `_replace_directory`."""
-    for old in [entry for entry in out.parent.iterdir() if entry.name.startswith(f".{out.name}.old-")]:
-        if not out.exists() and (old / out.name).is_dir():
-            os.rename(old / out.name, out)
-        shutil.rmtree(old)
+    for old in _temporaries(out, "old"):
+        with contextlib.suppress(FileNotFoundError), _if_abandoned(old, unknown=True) as abandoned:
+            if not abandoned:
+                continue
+            if not out.exists() and (old / out.name).is_dir():
+                os.rename(old / out.name, out)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace_directory(partial: Path, out: Path) -> None:
     """Rename `partial` to `out`; what was at `out` is moved aside first and removed last, so it is never half gone."""
-    old: Path | None = None
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        os.rename(out, old / out.name)
-    os.rename(partial, out)
-    if old is not None:
+    if not out.exists():
+        os.rename(partial, out)
+        return
+    with contextlib.ExitStack() as locks:
+        old = _locked_temporary(locks, out, "old")
+        try:
+            os.rename(out, old / out.name)
+        except OSError:
+            old.rmdir()
+            raise
+        try:
+            os.rename(partial, out)
+        except OSError:
+            os.rename(old / out.name, out)
+            old.rmdir()
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

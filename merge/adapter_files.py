@@ -41,8 +41,8 @@ class Adapter:
     Attributes:
         path: Its directory.
         base: The base model that it names (hub id or path).
-        modules: Module name as in the base model (`model.layers.0.self_attn.q_proj`) -> factors in float32. For an
-            embedding the factors are those of the transposed weight: A [rank, tokens], B [dimensions, rank].
+        modules: Module name as in the base model (`model.layers.0.self_attn.q_proj`) -> factors in float32, or
+            their own float64. For an embedding the factors are those of the transposed weight: A [rank, tokens], B [dimensions, rank].
         embeddings: Those modules that are embeddings.
         copies: Modules of which the adapter holds the base's own weight too (PEFT saves it for embeddings).
         config: adapter_config.json.
@@ -50,8 +50,8 @@ class Adapter:
         manifest: psacpo.json, if it has one.
         settings: What the configuration says, checked.
         tensors: Its file's tensors by key.
-        magnitudes: DoRA: module name -> the norm of each output of its weight, float32 [outputs].
-        shifts: lora_bias: module name -> the bias of its B, float32 [outputs]; the layer's bias grows by scale * this.
+        magnitudes: DoRA: module name -> the norm of each output of its weight, [outputs], float32 or float64.
+        shifts: lora_bias: module name -> the bias of its B, [outputs], likewise; the layer's bias grows by scale * this.
         saved: Name of a tensor of the base -> the adapter's own trained values of it (modules_to_save, bias).
         zero: Whether it changes nothing at all, as far as can be told without the base.
     """
@@ -121,7 +121,7 @@ class StoredFactors(Mapping[str, Factors]):
 
     def __getitem__(self, module: str) -> Factors:
         A, B, scale = self._places[module]
-        return Factors(A.read().float(), B.read().float(), scale)
+        return Factors(_wide(A), _wide(B), scale)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -162,7 +162,8 @@ def read_adapter(path: Path, *, in_memory: bool = True) -> Adapter:
         for part, places in (("shift", found.shifts), ("magnitude", found.magnitudes))
     }
     changed = any(some[tensor.name] for tensor in found.shifts.values()) or any(
-        some[found.parts[name]["A"].name] and some[found.parts[name]["B"].name] for name in modules
+        some[found.parts[name]["A"].name] and some[found.parts[name]["B"].name] and _changes(modules[name])
+        for name in modules
     )
     try:
         content = digest_model(path)
@@ -295,6 +296,11 @@ def _factors(path: Path, settings: LoraConfig, found: _Found) -> StoredFactors:
     return StoredFactors(places)
 
 
+def _changes(factors: Factors) -> bool:
+    """Whether any column of B that is not zero meets a row of A that is not."""
+    return bool((factors.B.any(dim=0) & factors.A.any(dim=1)).any())
+
+
 def _vector(path: Path, modules: StoredFactors, module: str, tensor: StoredTensor) -> torch.Tensor:
     outputs = modules.shape(module)[0]
     if tensor.entry.shape != (outputs,):
@@ -303,4 +309,9 @@ def _vector(path: Path, modules: StoredFactors, module: str, tensor: StoredTenso
             given=f"shape {list(tensor.entry.shape)}",
             allowed=f"[{outputs}]",
         )
-    return tensor.read().float()
+    return _wide(tensor)
+
+
+def _wide(tensor: StoredTensor) -> torch.Tensor:
+    """Its values in what they are computed in."""
+    return tensor.read().to(tensor.wide)

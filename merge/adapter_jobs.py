@@ -26,10 +26,19 @@ from psacpo.merge.changes import plan_changes
 from psacpo.merge.checkpoints import delta_producer
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, Mix
 from psacpo.merge.deltas import delta_method_producer
-from psacpo.merge.jobs import Advance, Describe, Job, Open, checkpoint_writer, decisive, model_bytes
+from psacpo.merge.jobs import (
+    Advance,
+    Describe,
+    Job,
+    Open,
+    checkpoint_writer,
+    decisive,
+    model_bytes,
+    side_digests,
+    written_bytes,
+)
 from psacpo.merge.models import ModelDirectory, read_model
 from psacpo.merge.shards import digest_shard
-from psacpo.merge.sidefiles import side_files
 from psacpo.merge.signatures import DELTA_METHODS
 
 # torch and its libraries, once they have run.
@@ -43,6 +52,12 @@ def prepare_adapters(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[
         InputError: An adapter or the base is not fit, they do not belong together, or the method needs full models.
     """
     kind = config.as_ or "adapter"
+    if config.dtype is not None and kind == "adapter":
+        raise InputError(
+            "dtype is of full weights; an adapter is written in float32",
+            given=f"--dtype {config.dtype}",
+            allowed="--as checkpoint, or no dtype",
+        )
     if config.method != "linear" and kind == "adapter":
         raise InputError(
             f"{config.method} is not written as an adapter", allowed="--as checkpoint, or the method linear"
@@ -69,11 +84,13 @@ def prepare_adapters(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[
         "key": digest([digests, decisive(config)]),
         "warnings": _warnings(adapters),
         "facts": {"base_digest": known, "dial": _dial(adapters)},
+        "directories": {"base": base.path} if base.path else {},
     }
     given = list(adapters.values())
     model = read_model(base.path) if base.path is not None else None
     if kind == "checkpoint":
         assert model is not None
+        common["key"] = digest([common["key"], side_digests(model)])
         return Job(**common, **_checkpoint(config, model, given))
     require_writable(given)
     return Job(**common, **_adapter(config, base, model, given))
@@ -114,11 +131,11 @@ def _checkpoint(config: MergeConfig, model: ModelDirectory, adapters: Sequence[A
     if config.method != "linear":
         require_plain({adapter.path.name: adapter for adapter in adapters})
     entries = [entry for _, found in model.shards.values() for entry in found.values()]
-    small = sum((model.path / name).stat().st_size for name in side_files(model))
+    size = written_bytes(model, dtype)
     return {
         "tensors": len(entries),
         "bytes_in": model_bytes(model) + _adapter_files(adapters),
-        "bytes_out": lambda mix: model_bytes(model) + small,
+        "bytes_out": lambda mix: size,
         "memory": _RUNTIME + _adapter_files(adapters) + (64 << 20),
         "work": model_bytes(model),
         "write": checkpoint_writer(model, make, lambda _: {}, dtype=config.dtype),
@@ -156,7 +173,8 @@ def _dial(adapters: Mapping[str, Adapter]) -> Dial | None:
     reward, safety = adapters["reward"], adapters["safety"]
     after, before = safety.manifest or {}, reward.manifest or {}
     beta, weight = before.get("beta"), after.get("lambda")
-    stepwise = (after.get("inputs") or {}).get("start") == reward.digest
+    inputs = after.get("inputs")
+    stepwise = isinstance(inputs, dict) and inputs.get("start") == reward.digest
     if not stepwise or not isinstance(beta, int | float) or not isinstance(weight, int | float) or weight <= 0:
         return None
     return Dial(beta=float(beta), lambda_bar=float(weight))

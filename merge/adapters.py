@@ -20,7 +20,7 @@ from psacpo.merge.changes import locate, tied_partner
 from psacpo.merge.compress import compress
 from psacpo.merge.lora_config import CONFIG, excludes, pattern_value
 from psacpo.merge.models import ModelDirectory
-from psacpo.merge.stored import StoredTensor, stored_in
+from psacpo.merge.stored import StoredTensor, is_finite, stored_in
 
 __all__ = [
     "CONFIG",
@@ -28,6 +28,7 @@ __all__ = [
     "Adapter",
     "Written",
     "adapter_bytes",
+    "base_tensor",
     "factors_by_module",
     "pattern_value",
     "read_adapter",
@@ -156,7 +157,7 @@ def write_adapter(
 
     Raises:
         InputError: The sum is no adapter (DoRA, a module that is adapted here and trained whole there), or `model` is
-            needed, lacks a tensor, or holds NaN or infinity.
+            needed, lacks a tensor, or holds NaN or infinity; or a result is not finite in float32.
     """
     kept, kept_weights = _weighted(adapters, weights)
     require_writable(kept)
@@ -172,6 +173,7 @@ def write_adapter(
     def tensors_of(name: str) -> Iterator[torch.Tensor]:
         factors, errors[name] = _stacked(kept, kept_weights, name), 0.0
         if factors.rank > ranks[name]:
+            _require_finite(f"{PREFIX}{name}", factors.A, factors.B)
             factors, errors[name] = compress(factors, ranks[name])
         yield factors.A
         yield factors.B
@@ -281,16 +283,30 @@ def _saved(adapters: Sequence[Adapter]) -> dict[str, tuple[int, ...]]:
     return {name: saved.entry.shape for adapter in adapters for name, saved in sorted(adapter.saved.items())}
 
 
+def base_tensor(model: ModelDirectory, tensor: str) -> StoredTensor:
+    """What a base holds of a tensor that adapters train whole; of a tied head, the embedding.
+
+    Raises:
+        InputError: It holds no float weights of it.
+    """
+    name = locate(model, tensor) or tied_partner(model, tensor.rpartition(".")[0])
+    source = stored_in(model, name) if name is not None else None
+    if source is None:
+        raise InputError(
+            f"the adapters hold trained values of {tensor}, of which base {model.path} has no float weights"
+        )
+    return source
+
+
 def _interpolated(
     model: ModelDirectory, adapters: Sequence[Adapter], weights: Sequence[float], tensor: str
 ) -> Iterator[torch.Tensor]:
     """base + sum_i w_i (trained_i - base) of one tensor, in blocks of rows, float32."""
-    name = locate(model, tensor) or tied_partner(model, tensor.rpartition(".")[0])
-    source = stored_in(model, name) if name is not None else None
+    source = base_tensor(model, tensor)
     trained: list[tuple[StoredTensor, float]] = [
         (a.saved[tensor], w) for a, w in zip(adapters, weights, strict=True) if tensor in a.saved
     ]
-    if source is None or source.shape != trained[0][0].shape:
+    if source.shape != trained[0][0].shape:
         raise InputError(
             f"the adapters hold trained values of {tensor}, of which base {model.path} has no float weights of the shape "
             f"{list(trained[0][0].shape)}"
@@ -311,13 +327,28 @@ def _write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], values: It
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    # Of each tensor in turn: name, elements that are still to come.
+    ahead = iter([(name, math.prod(shape)) for name, shape in shapes.items()])
+    name, left = "", 0
     with path.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for value in values:
+            while left == 0 < value.numel():
+                name, left = next(ahead)
+            left -= value.numel()
+            _require_finite(name, value)
             handle.write(value.contiguous().numpy().data)
         size = handle.tell()
     if size != 8 + len(text) + end:
         raise ValueError(f"{size} bytes written where {8 + len(text) + end} were announced")
+
+
+def _require_finite(name: str, *values: torch.Tensor) -> None:
+    if not all(map(is_finite, values)):
+        raise InputError(
+            f"the merged {name.removeprefix(PREFIX)} is not finite in F32",
+            allowed="adapters, scales and weights whose products are below 3.4e38, or --as checkpoint",
+        )
 
 
 def _config(adapters: Sequence[Adapter], ranks: Mapping[str, int], base: str) -> dict[str, Any]:

@@ -57,7 +57,13 @@ def find_base(
     """
     (_, first), *_ = adapters.items()
     wanted = first.base if name is None else name
-    local = Path(wanted).is_dir()
+    try:
+        wanted = os.path.expanduser(wanted) if name is not None else wanted
+        wanted.encode()  # it will be written down
+        local = Path(wanted).is_dir()
+    except (OSError, ValueError) as error:
+        shown = ascii(wanted if len(wanted) <= 80 else f"{wanted[:77]}...")
+        raise InputError(f"no base model can be at {shown}", allowed="a model directory or hub id") from error
     if local:
         path: Path | None = Path(wanted)
     elif is_path(wanted):
@@ -134,7 +140,10 @@ def _same_model(one: str, other: str) -> bool:
 
 def _canonical(name: str) -> str:
     """The hub id of a directory in the hub's cache, the real path of another directory, else the name."""
-    if not Path(name).is_dir():
+    try:
+        if not Path(name).is_dir():
+            return name
+    except (OSError, ValueError):  # no path could be called so
         return name
     real = os.path.realpath(name)
     cached = re.search(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]", real + os.sep)

@@ -202,7 +202,7 @@ def merge_summary(outputs: Sequence[Path]) -> list[str]:
     """What the command prints when it is done: what was taken, what was lost, what was written."""
     manifests = [read_manifest(out) or {} for out in outputs]
     first = manifests[0]
-    lines = [f"{name}: {path}" for name, path in first.get("sources", {}).items()]
+    lines = [f"{name}: {_shown(path)}" for name, path in first.get("sources", {}).items()]
     lines += [f"warning: {text}" for text in first.get("warnings", [])]
     for out, manifest in zip(outputs, manifests, strict=True):
         errors = manifest.get("truncation", {})
@@ -215,3 +215,9 @@ def merge_summary(outputs: Sequence[Path]) -> list[str]:
             lines.append(f"uploaded to {manifest['uploaded']}")
         lines.append(f"wrote {out}")
     return lines
+
+
+def _shown(path: str) -> str:
+    """A path from the working directory where it lies in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -250,8 +250,7 @@ def _module_names(model: ModelDirectory) -> frozenset[str]:
         kind = getattr(transformers, (config.architectures or [""])[0])
         with torch.device("meta"):
             return frozenset(name for name, _ in kind(config).named_modules())
-    except (ImportError, AttributeError, ValueError, TypeError, KeyError, OSError, RuntimeError):
-        # A class that is not known here, or cannot be built so.
+    except Exception:  # noqa: BLE001 - a class that is not known here, or cannot be built so, whatever it raises
         return frozenset()
 
 

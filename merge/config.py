@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ OutputKind = Literal["adapter", "checkpoint"]
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 OutputDtype = Literal["float64", "float32", "float16", "bfloat16"]
 SAFETENSORS_DTYPES: dict[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# What a manifest calls other inputs than sources.
+_RESERVED = ("base", "layout")
 # How far the weights of several policies may be from 1 in sum: what decimal fractions leave.
 _SUM_TOLERANCE = 1e-6
 
@@ -114,8 +117,8 @@ class MergeConfig(Strict):
                 raise ValueError(f"ratio {ratio:g} is out of range; allowed: a number from 0 to 1, or extrapolate")
         if len(set(map(policy_name, self.ratios))) != len(self.ratios):
             raise ValueError(f"two ratios are the same: {self.ratios}")
-        total = math.fsum(self.policies.values())
-        if self.policies and not self.unnormalised and abs(total - 1) > _SUM_TOLERANCE:
+        total = _sum(self.policies.values())
+        if self.policies and not self.unnormalised and not abs(total - 1) <= _SUM_TOLERANCE:
             raise ValueError(f"the weights of the policies sum to {total:g}; allowed: 1, or unnormalised")
         takes = signature(self.method)
         if self.rank is not None and self.as_ == "checkpoint":
@@ -148,7 +151,7 @@ class MergeConfig(Strict):
                     if self.method == "linear"
                     else settings_at(self.method, ratio, self.parameters),
                 )
-                for ratio in self.ratios
+                for ratio in (given + 0.0 for given in self.ratios)  # -0.0 is 0
             ]
         if self.policies:
             weights = tuple(self.policies.values())
@@ -178,20 +181,38 @@ def _plain_weights(settings: MethodSettings) -> tuple[float, ...] | None:
     plain = all(len(c) == 1 and c[0].filter is None and len(c[0].values) == 1 for m in constant for c in m.values())
     if settings.method != "linear" or not plain:
         return None
-    found = settings.resolve("", {})
+    found = settings.resolve("all tensors", {})
     weights = found.per_model["weight"]
     total = math.fsum(weights) if found.shared["normalize"] else 1.0
     return tuple(weight / total for weight in weights)
 
 
+def _sum(weights: Iterable[float]) -> float:
+    """Their sum, infinite where it is too large to be held."""
+    try:
+        return math.fsum(weights)
+    except OverflowError:
+        return math.inf
+
+
 def _short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, with a number where that would be said twice."""
+    """The last part of each path, with a number where that would be said twice, or means something else."""
     ends = [Path(path).name or path for path in paths]
-    return [f"{end}-{place}" if ends.count(end) > 1 else end for place, end in enumerate(ends, 1)]
+    names: list[str] = []
+    for place, end in enumerate(ends, 1):
+        name, number = end, place
+        if ends.count(end) > 1 or end in _RESERVED:
+            name = f"{end}-{number}"
+            while name in ends or name in names:
+                number += 1
+                name = f"{end}-{number}"
+        names.append(name)
+    return names
 
 
 def policy_name(ratio: float) -> str:
     """`policy@0.30`: the name of the policy at one ratio, with as many digits (two at least) as tell it exactly."""
+    ratio += 0.0  # -0.0 is 0
     text = f"{ratio:.2f}"
     return f"policy@{text if float(text) == ratio else repr(float(ratio))}"
 

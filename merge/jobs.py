@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
-from psacpo.files import canonical_json, digest
+from psacpo.files import canonical_json, digest, digest_file
 from psacpo.hub import is_path, model_directory
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, Mix, OutputKind
 from psacpo.merge.models import ADAPTER_CONFIG, ModelDirectory, read_model
 from psacpo.merge.sidefiles import copy_side_files, side_files, tokenizer_warnings
+from psacpo.merge.tensorfiles import FLOATING, byte_size
 
 Open = Callable[[Mix], AbstractContextManager[Path]]
 """Gives the directory to write one output in, which becomes the output when it is left without an error."""
@@ -42,6 +43,7 @@ class Job:
         write: Writes the outputs.
         warnings: What is odd and no error.
         facts: What each manifest says besides.
+        directories: What was read that is no source.
     """
 
     kind: OutputKind
@@ -59,6 +61,7 @@ class Job:
     write: Callable[[Sequence[Mix], Open, Describe, Advance], None]
     warnings: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    directories: Mapping[str, Path] = field(default_factory=dict)
 
 
 def prepare(config: MergeConfig, mixes: Sequence[Mix]) -> Job:
@@ -140,6 +143,21 @@ def model_bytes(model: ModelDirectory) -> int:
     return sum((model.path / shard).stat().st_size for shard in model.shards)
 
 
+def written_bytes(layout: ModelDirectory, dtype: str | None) -> int:
+    """What an output in a model's layout takes, with the side files; `dtype` in safetensors' words, None keeps its own."""
+    small = sum((layout.path / name).stat().st_size for name in side_files(layout))
+    entries = [entry for _, found in layout.shards.values() for entry in found.values()]
+    headers = sum(begin for begin, _ in layout.shards.values())
+    return (
+        small + headers + sum(byte_size((dtype if e.dtype in FLOATING else None) or e.dtype, e.shape) for e in entries)
+    )
+
+
+def side_digests(layout: ModelDirectory) -> dict[str, str]:
+    """What an output takes from its layout besides weights: file name -> SHA-256."""
+    return {name: digest_file(layout.path / name) for name in side_files(layout)}
+
+
 def _stat(path: Path) -> tuple[int, int, int]:
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
@@ -147,10 +165,17 @@ def _stat(path: Path) -> tuple[int, int, int]:
 
 def _source_directory(name: str, where: str) -> Path:
     """The directory of an adapter or a model; a hub id, with a revision behind an @ if it has one, is fetched."""
-    path = Path(where).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or is_path(where):
+    try:
+        where.encode()  # it will be written down
+        path = Path(where).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists() or is_path(where)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        shown = ascii(where if len(where) <= 80 else f"{where[:77]}...")
+        raise InputError(f"no {name} adapter or model directory can be at {shown}: {reason}") from error
+    if there:
         raise InputError(f"no {name} adapter or model directory at {where}")
     hub_id, _, revision = where.partition("@")
     return model_directory(hub_id, what=name, revision=revision or None)
@@ -159,6 +184,8 @@ def _source_directory(name: str, where: str) -> Path:
 def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[str, Path]) -> Job:
     if config.as_ == "adapter":
         raise InputError("full models cannot be merged to an adapter", allowed="--as checkpoint, or adapters")
+    if config.rank is not None:
+        raise InputError("rank is of adapters, and these are full models", given=f"--rank {config.rank}")
     models = {name: read_model(place) for name, place in places.items()}
     base = read_model(_source_directory("base", config.base)) if config.base is not None else None
     if config.layers is not None or config.one_vocabulary:
@@ -202,7 +229,7 @@ def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[s
 
         make(mixes)
     entries = [entry for _, found in layout.shards.values() for entry in found.values()]
-    small = sum((layout.path / name).stat().st_size for name in side_files(layout))
+    size = written_bytes(layout, stored)
     largest = max((entry.end - entry.start for entry in entries), default=0)
     return Job(
         kind="checkpoint",
@@ -211,14 +238,17 @@ def _prepare_models(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[s
         of_adapters=False,
         places=list({*places.values(), layout.path, *([base.path] if base else [])}),
         digests={},
-        key=digest([identity(models | ({"base": base} if base else {})), decisive(config)]),
+        key=digest(
+            [identity(models | ({"base": base} if base else {})), layout.path, side_digests(layout), decisive(config)]
+        ),
         tensors=len(entries),
         bytes_in=sum(map(model_bytes, everyone)),
-        bytes_out=lambda mix: model_bytes(layout) + small,
+        bytes_out=lambda mix: size,
         memory=(40 << 20) if plain else (500 << 20) + 4 * (len(everyone) + 2) * largest,
         work=model_bytes(layout),
         write=checkpoint_writer(layout, make, inputs, dtype=config.dtype, write_files=write_files),
         warnings=tokenizer_warnings(models, layout),
+        directories={"layout": layout.path} | ({"base": base.path} if base else {}),
     )
 
 
@@ -232,6 +262,6 @@ def _layout(config: MergeConfig, models: Mapping[str, ModelDirectory], base: Mod
 
 
 def decisive(config: MergeConfig) -> str:
-    """The settings that decide an output's bytes, as text."""
-    machine = {"out", "overwrite", "push_to_hub", "private"}
+    """The settings that decide an output's bytes, as text; but for its ratio, which is in its name."""
+    machine = {"out", "overwrite", "push_to_hub", "private", "ratios"}
     return canonical_json(config.model_dump(mode="json", by_alias=True, exclude=machine))

@@ -120,10 +120,7 @@ def read_lora_config(path: Path) -> tuple[dict[str, Any], LoraConfig]:
         InputError: It is no JSON object, no LoRA, of a kind that is not known here, or a value is of another type or
             range than PEFT's.
     """
-    try:
-        config = read_json(path / CONFIG)
-    except RecursionError as error:
-        raise InputError(f"{path / CONFIG} is damaged: nested too deep") from error
+    config = read_json(path / CONFIG)
     _require_known(path, config)
     value = _Values(path, config)
     targets = value.names("target_modules", or_expression=True)

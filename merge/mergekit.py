@@ -207,6 +207,8 @@ def _whole_slice(slices: Sequence[_Slice], where: str) -> tuple[_Slice, int]:
 
 def _reference(name: str, file: Path) -> ModelReference:
     """A directory beside the file or as named, else what mergekit takes a name for: hub id, @ and revision."""
+    if not name.strip():
+        raise InputError(f"{file}: '{name}' names no model", allowed="a directory, or a hub id")
     path = Path(name).expanduser()
     for candidate in (file.parent / path, path):
         if candidate.is_dir():

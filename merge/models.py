@@ -68,8 +68,8 @@ class ModelDirectory:
 
         try:
             return bool(AutoConfig.from_pretrained(self.path).tie_word_embeddings)
-        except (ValueError, OSError, AttributeError):
-            return True  # a model class that is not known here: the careful answer
+        except Exception:  # noqa: BLE001 - a class that is not known here, or settings that it refuses in its own way
+            return True  # the careful answer
 
 
 def read_model(path: Path) -> ModelDirectory:

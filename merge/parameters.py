@@ -302,8 +302,14 @@ def _require_in_range(what: str, parameter: Parameter, cases: Sequence[Case]) ->
 def _require_sound(method: str, tensor: str, arguments: Arguments) -> None:
     """Refuse values that are each in range and make no sense together."""
     weights = arguments.per_model.get("weight", ())
-    if method == "linear" and arguments.shared["normalize"] and abs(math.fsum(weights)) < 1e-8:
-        raise InputError(f"the weights of {tensor} sum to zero and cannot be normalised", given=list(weights))
+    if method == "linear" and arguments.shared["normalize"]:
+        try:
+            total = math.fsum(weights)
+        except OverflowError:
+            raise InputError(f"the weights of {tensor} are too large to be summed", given=list(weights)) from None
+        # By the largest of them: weights that are all tiny are as good as any.
+        if abs(total) < 1e-8 * max(map(abs, weights), default=0.0) or total == 0:
+            raise InputError(f"the weights of {tensor} sum to zero and cannot be normalised", given=list(weights))
     for density, epsilon in zip(
         arguments.per_model.get("density", ()), arguments.per_model.get("epsilon", ()), strict=False
     ):

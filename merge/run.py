@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from psacpo.errors import InputError
 from psacpo.files import (
     atomic_directory,
     digest,
+    digest_file,
     free_space,
+    other_files,
     readable_io_errors,
     require_apart,
     require_free_space,
@@ -23,7 +26,7 @@ from psacpo.files import (
 from psacpo.merge.card import render_card
 from psacpo.merge.config import MergeConfig, Mix
 from psacpo.merge.jobs import Job, prepare
-from psacpo.merge.progress import Finished
+from psacpo.merge.progress import KEY, Finished
 from psacpo.merge.signatures import signature
 from psacpo.merge.upload import require_repository, upload
 
@@ -44,13 +47,12 @@ def merge(config: MergeConfig) -> list[Path]:
         InputError: Bad input, an output that is in use, no space.
     """
     mixes = config.mixes()
-    outputs = {mix.name: config.out if len(mixes) == 1 else config.out / mix.name for mix in mixes}
-    _require_writable(outputs.values())
+    outputs = _places(config, mixes)
     job = prepare(config, mixes)
     for out in outputs.values():
         require_apart(out, job.places, replaced=True)
     finished = Finished(config.out, job.key, many=len(mixes) > 1)
-    left = [mix for mix in mixes if not finished.has(outputs[mix.name])]
+    left = [mix for mix in mixes if not finished.has(outputs[mix.name], _key(job, mix))]
     for mix in left:
         require_unused(outputs[mix.name], overwrite=config.overwrite)
     require_free_space(config.out, _needed(job, left))
@@ -64,17 +66,13 @@ def merge(config: MergeConfig) -> list[Path]:
         out = outputs[mix.name]
         with _output(job, out, mix, overwrite=config.overwrite) as place:
             yield place
-        finished.add(out)
+            finished.begin()
 
     def describe(mix: Mix, place: Path, found: Mapping[str, Any]) -> None:
         _describe(place, config, job, mix, found)
 
     with _no_empty_parents(next(iter(outputs.values()))), progress("merge", job.work * len(left)) as advance:
-        try:
-            job.write(left, directory, describe, advance)
-        except Exception:
-            finished.forget()
-            raise
+        job.write(left, directory, describe, advance)
     finished.forget()
     if config.push_to_hub is not None:
         say(f"uploaded to {upload(config.push_to_hub, list(outputs.values()))}")
@@ -88,9 +86,8 @@ def plan(config: MergeConfig) -> dict[str, Any]:
         InputError: Whatever `merge` would refuse before the work.
     """
     mixes = config.mixes()
+    outputs = list(_places(config, mixes).values())
     job = prepare(config, mixes)
-    outputs = [config.out if len(mixes) == 1 else config.out / mix.name for mix in mixes]
-    _require_writable(outputs)
     for out in outputs:
         require_apart(out, job.places, replaced=True)
         require_unused(out, overwrite=config.overwrite)
@@ -122,15 +119,33 @@ def _output(job: Job, out: Path, mix: Mix, *, overwrite: bool) -> contextlib.Abs
     """The directory of one output while it is written: full weights take long enough to be worth going on with."""
     if job.kind == "adapter":
         return atomic_directory(out, overwrite=overwrite)
-    return resumable_directory(out, key=digest([job.key, mix.name]), overwrite=overwrite)
+    return resumable_directory(out, key=_key(job, mix), overwrite=overwrite)
 
 
-def _require_writable(outputs: Iterable[Path]) -> None:
-    for out in outputs:
+def _key(job: Job, mix: Mix) -> str:
+    """Digest of everything that decides what one output holds."""
+    return digest([job.key, mix.name])
+
+
+def _places(config: MergeConfig, mixes: Sequence[Mix]) -> dict[str, Path]:
+    """Where each output goes, once it is certain that a directory can be put there."""
+    if "\0" in str(config.out):
+        raise InputError(f"cannot write {str(config.out)!r}: a path holds no zero byte")
+    outputs = {mix.name: config.out if len(mixes) == 1 else config.out / mix.name for mix in mixes}
+    for out in outputs.values():
+        whole = Path(os.path.abspath(out))
+        if os.path.realpath(out) == os.getcwd() or os.path.ismount(out) or out.name in ("", ".."):
+            what = "the root of a file system" if os.path.ismount(out) else "the working directory, or above it"
+            raise InputError(
+                f"output {out} cannot be replaced by a new directory: it is {what}", allowed="a directory in it"
+            )
         with readable_io_errors(out):
-            nearest = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+            nearest = next(parent for parent in (whole, *whole.parents) if os.path.lexists(parent))
+            if nearest.is_symlink() and not nearest.exists():
+                raise InputError(f"cannot write {out}: {nearest} is a symbolic link that leads nowhere, or in a loop")
             if not nearest.is_dir():
                 raise InputError(f"cannot write {out}: {nearest} is a file, not a directory")
+    return outputs
 
 
 def _describe(directory: Path, config: MergeConfig, job: Job, mix: Mix, found: Mapping[str, Any]) -> None:
@@ -154,12 +169,13 @@ def _describe(directory: Path, config: MergeConfig, job: Job, mix: Mix, found: M
     if dial is not None and mix.ratio is not None:
         weight, beta = dial.effective(mix.ratio)
         said |= {"lambda": weight, "safety_beta": beta if mix.ratio else None}
+    weights = more.get("outputs", {})
     settings = config.model_dump(
         mode="json", by_alias=True, exclude={"out", "overwrite", "ratios", "push_to_hub", "private"}
     )
     settings |= {"as": job.kind, **({"base": job.base} if job.of_adapters else {})}
     settings |= {"ratios": [mix.ratio] if mix.ratio is not None else []}
-    sources = {name: str(place) for name, place in job.sources.items()}
+    sources = {name: os.path.abspath(place) for name, place in job.sources.items()}
     write_manifest(
         directory,
         kind="policy",
@@ -168,6 +184,9 @@ def _describe(directory: Path, config: MergeConfig, job: Job, mix: Mix, found: M
         seeds={"merge": config.seed} if signature(config.method).random else {},
         sources=sources,
         **said,
+        **{KEY: _key(job, mix)},
+        directories={name: os.path.abspath(place) for name, place in job.directories.items()},
+        files={name: digest_file(directory / name) for name in other_files(directory) if name not in weights},
         **({"warnings": list(job.warnings)} if job.warnings else {}),
         **more,
     )

@@ -51,7 +51,8 @@ def copy_side_files(model: ModelDirectory, directory: Path, *, dtype: str | None
             index = json.loads((directory / model.index).read_text(encoding="utf-8"))
             total = sum((directory / shard).stat().st_size for shard in model.shards)
             headers = sum(read_header(directory / shard)[0] for shard in model.shards)
-            index["metadata"] = (index.get("metadata") or {}) | {"total_size": total - headers}
+            metadata = index.get("metadata")
+            index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total - headers}
             (directory / model.index).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -39,6 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is damaged: nested too deep") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: not a JSON object")
     return value
@@ -71,10 +73,16 @@ def read_header(path: Path) -> tuple[int, dict[str, Entry]]:
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, size):
                 raise ValueError("no safetensors header")
-            header = json.loads(handle.read(length), object_pairs_hook=_without_repeats)
+            # As text: json would take UTF-16 and UTF-32 too, which no reader of the format does.
+            header = json.loads(handle.read(length).decode("utf-8"), object_pairs_hook=_without_repeats)
         if not isinstance(header, dict):
             raise TypeError("its header is no JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        ):
+            raise TypeError("its __metadata__ is no list of texts by name")
+        json.dumps([*header, metadata], ensure_ascii=False).encode()  # half of a surrogate pair cannot be written
         entries = {name: _entry(name, item) for name, item in header.items()}
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
         end = 0

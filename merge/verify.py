@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 
 from psacpo.config import validate
 from psacpo.errors import InputError
-from psacpo.files import digest_model, read_manifest
-from psacpo.merge.adapters import WEIGHTS, Adapter, read_adapter
+from psacpo.files import MANIFEST, digest_file, digest_model, other_files, read_manifest
+from psacpo.hub import OTHER_WEIGHTS
+from psacpo.merge.adapters import WEIGHTS, Adapter, base_tensor, read_adapter
 from psacpo.merge.arithmetic import Factors
 from psacpo.merge.changes import Change, plan_changes
 from psacpo.merge.config import MergeConfig, Mix
@@ -45,77 +47,175 @@ def verify(
     Raises:
         InputError: It is no output of `merge`, a source is not what it was, or anything differs.
     """
+    manifest = _manifest(directory)
+    config = validate(MergeConfig, manifest["config"] | {"out": directory}, where=str(directory / MANIFEST))
+    mixes = config.mixes()
+    if len(mixes) != 1:
+        raise _damaged(directory, f"it is of {len(mixes)} ratios")
+    places = _places(directory, config, manifest, {"base": base, "reward": reward, "safety": safety})
+    _require_files(directory, manifest)
+    output = _Output(directory, config, mixes[0], manifest["inputs"], places)
+    if (directory / ADAPTER_CONFIG).is_file():
+        found = _verify_adapter(output, manifest.get("truncation", {}))
+    else:
+        found = _verify_checkpoint(output, random.Random(seed))
+    return {"verified": str(directory), "files": len(manifest["outputs"]) + len(manifest["files"]), **found}
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is verified: where it is, how it was made, the digests of its inputs, and where these are now."""
+
+    directory: Path
+    config: MergeConfig
+    mix: Mix
+    inputs: Mapping[str, str]
+    places: Mapping[str, Path]
+
+    def require(self, name: str, found: str) -> None:
+        """Refuse an input of another digest than the one that was read."""
+        wanted = self.inputs.get(name)
+        if wanted is not None and wanted != found:
+            what = name if name == "base" else f"source {name}"
+            raise InputError(f"the {what} is not what it was", given=f"digest {found}", allowed=wanted)
+
+    def model(self, name: str) -> ModelDirectory:
+        if name not in self.places:
+            raise InputError(
+                f"where the {name} of {self.directory} is, is not known", allowed=f"--{name} with a directory"
+            )
+        return read_model(self.places[name])
+
+    def adapters(self) -> list[Adapter]:
+        adapters = []
+        for name in self.config.sources:
+            adapter = read_adapter(self.places[name])
+            self.require(name, adapter.digest)
+            adapters.append(adapter)
+        return adapters
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """psacpo.json of an output of `merge`, of which everything that is used here has its form."""
     manifest = read_manifest(directory)
     if manifest is None or manifest.get("kind") != "policy" or "outputs" not in manifest:
-        raise InputError(f"{directory} is not an output of psacpo merge (no psacpo.json of one in it)")
-    said = manifest["config"] | {"out": directory}
-    said |= {name: value for name, value in (("base", base), ("reward", reward), ("safety", safety)) if value}
-    for name, place in manifest.get("sources", {}).items():
-        if name in ("reward", "safety") and not {"reward": reward, "safety": safety}[name]:
-            said[name] = place  # a hub id was fetched to there
-    config = validate(MergeConfig, said, where=str(directory / "psacpo.json"))
-    _require_files(directory, manifest)
-    [mix] = config.mixes()
-    if (directory / ADAPTER_CONFIG).is_file():
-        found = _verify_adapter(directory, config, mix, manifest)
-    else:
-        found = _verify_checkpoint(directory, config, mix, manifest, random.Random(seed))
-    return {"verified": str(directory), "files": len(manifest["outputs"]), **found}
+        raise InputError(f"{directory} is not an output of psacpo merge (no {MANIFEST} of one in it)")
+    if "files" not in manifest:
+        raise InputError(f"{directory} was written by an earlier psacpo, which did not note all of its files")
+    if not isinstance(manifest.get("config"), dict):
+        raise _damaged(directory, "no config")
+    for name in ("inputs", "outputs", "sources", "files", "directories"):
+        found = manifest.get(name)
+        if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+            raise _damaged(directory, f"{name} is no list of names with a text each")
+    errors = manifest.get("truncation", {})
+    if not isinstance(errors, dict) or not all(isinstance(value, int | float) for value in errors.values()):
+        raise _damaged(directory, "truncation is no list of names with a number each")
+    if not manifest["outputs"]:
+        raise _damaged(directory, "it names no weights")
+    return manifest
+
+
+def _damaged(directory: Path, what: str) -> InputError:
+    return InputError(f"{directory / MANIFEST} is damaged: {what}")
+
+
+def _places(
+    directory: Path, config: MergeConfig, manifest: Mapping[str, Any], given: Mapping[str, str | None]
+) -> dict[str, Path]:
+    """Where each source, the base and the layout are: where was said now, where they were, or where the settings say."""
+    known = {**manifest["directories"], **manifest["sources"]}
+    now = {name: place for name, place in given.items() if place}
+    # A source, the base and the layout may be one directory: what was moved was moved as all of them.
+    moved = {known[name]: place for name, place in now.items() if name in known}
+    now = {name: moved[place] for name, place in known.items() if place in moved} | now
+    said = {**config.sources, **({"base": config.base} if config.base else {})}
+    places = {}
+    for name in {**said, **manifest["directories"]}:
+        if name in config.sources and name not in known:
+            raise _damaged(directory, f"it does not say where {name} was")
+        candidates = [now[name]] if name in now else [place for place in (known.get(name), said.get(name)) if place]
+        found = [Path(place).expanduser() for place in candidates]
+        if name in known or name in now:
+            places[name] = next((place for place in found if place.is_dir()), found[0])
+    return places
 
 
 def _require_files(directory: Path, manifest: Mapping[str, Any]) -> None:
-    for name, wanted in manifest["outputs"].items():
-        if not (directory / name).is_file():
-            raise InputError(f"{directory / name} is missing")
-        found = digest_shard(directory / name)
-        if found != wanted:
-            raise InputError(f"{directory / name} is not what was written", given=f"digest {found}", allowed=wanted)
-
-
-def _require_source(name: str, found: str, manifest: Mapping[str, Any]) -> None:
-    wanted = manifest["inputs"].get(name)
-    if wanted is not None and wanted != found:
-        raise InputError(f"the source {name} is not what it was", given=f"digest {found}", allowed=wanted)
-
-
-def _place(name: str, where: str, manifest: Mapping[str, Any]) -> Path:
-    """Where a source is: what the settings say, or where it lay in the hub's cache."""
-    path = Path(where).expanduser()
-    return path if path.exists() else Path(manifest["sources"].get(name, where))
-
-
-def _adapters(config: MergeConfig, manifest: Mapping[str, Any]) -> list[Adapter]:
-    adapters = []
-    for name, where in config.sources.items():
-        adapter = read_adapter(_place(name, where, manifest))
-        _require_source(name, adapter.digest, manifest)
-        adapters.append(adapter)
-    return adapters
-
-
-def _verify_adapter(directory: Path, config: MergeConfig, mix: Mix, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Every module's whole delta, by the Frobenius norm of what it differs by."""
-    adapters, written = _adapters(config, manifest), read_adapter(directory)
-    weights = mix.weights or ()
-    modules = {name for adapter, w in zip(adapters, weights, strict=True) if w for name in adapter.modules}
-    if modules != set(written.modules) and any(weights):
-        other = min(modules ^ set(written.modules))
-        raise InputError(f"{directory / WEIGHTS} and its sources do not change the same modules", given=other)
-    errors, worst = manifest.get("truncation", {}), 0.0
-    for name in sorted(written.modules):
-        parts = [(a.modules[name], w) for a, w in zip(adapters, weights, strict=True) if name in a.modules]
-        wanted = _norm([factors for factors, _ in parts], [weight for _, weight in parts])
-        apart = _norm([written.modules[name], *(f for f, _ in parts)], [1.0, *(-w for _, w in parts)])
-        relative = apart / wanted if wanted else apart
-        allowed = errors.get(name, 0.0) + _STACK_TOLERANCE
-        worst = max(worst, abs(relative - errors.get(name, 0.0)))
-        if not relative <= allowed:
+    for wanted, digest in ((manifest["outputs"], digest_shard), (manifest["files"], digest_file)):
+        for name, value in wanted.items():
+            if not (directory / name).is_file():
+                raise InputError(f"{directory / name} is missing")
+            found = digest(directory / name)
+            if found != value:
+                raise InputError(f"{directory / name} is not what was written", given=f"digest {found}", allowed=value)
+    for name in other_files(directory):
+        weights = name.endswith((*OTHER_WEIGHTS, ".safetensors", ".safetensors.index.json"))
+        if weights and name not in {**manifest["outputs"], **manifest["files"]}:
             raise InputError(
-                f"{directory / WEIGHTS}: the delta of {name} is not the merge of its sources",
-                given=f"relative error {relative:.2e}",
-                allowed=f"{allowed:.1e}",
+                f"{directory / name} was not written by psacpo merge, and a reader may take it for the weights"
             )
+
+
+def _verify_adapter(output: _Output, errors: Mapping[str, float]) -> dict[str, Any]:
+    """Every module's whole delta, by the Frobenius norm of what it differs by, and every number beside the factors."""
+    adapters, written = output.adapters(), read_adapter(output.directory)
+    if "base" in output.places:
+        output.require("base", digest_model(output.places["base"]))
+    pairs = list(zip(adapters, output.mix.weights or (), strict=True))
+    kept = [(adapter, weight) for adapter, weight in pairs if weight] or [(adapters[0], 0.0)]
+    for what, wanted, found in (
+        ("modules", {name for adapter, _ in kept for name in adapter.modules}, set(written.modules)),
+        ("tensors as a whole", {name for adapter, _ in kept for name in adapter.saved}, set(written.saved)),
+        (
+            "biases of factors",
+            set(written.modules) if any(adapter.shifts for adapter, _ in kept) else set(),
+            set(written.shifts),
+        ),
+    ):
+        if wanted != found:
+            other = min(wanted ^ found)
+            raise InputError(f"{output.directory / WEIGHTS} and its sources do not change the same {what}", given=other)
+    worst = 0.0
+    for name in sorted(written.modules):
+        parts = [(a.modules[name], w) for a, w in kept if name in a.modules]
+        whole = _norm([factors for factors, _ in parts], [weight for _, weight in parts])
+        apart = _norm([written.modules[name], *(f for f, _ in parts)], [1.0, *(-w for _, w in parts)])
+        # Where terms cancel, rounding is as large as the terms make it.
+        terms = sum(_norm([factors], [weight]) for factors, weight in parts)
+        left_out = errors.get(name, 0.0) * whole
+        relative = (apart - left_out) / terms if terms else apart
+        worst = max(worst, abs(relative))
+        if not relative <= _STACK_TOLERANCE:
+            raise InputError(
+                f"{output.directory / WEIGHTS}: the delta of {name} is not the merge of its sources",
+                given=f"relative error {relative:.2e}",
+                allowed=f"{_STACK_TOLERANCE:.1e}",
+            )
+        if name in written.shifts:
+            shifts = [a.shifts[name].double() * (w * a.modules[name].scale) for a, w in kept if name in a.shifts]
+            exact = torch.zeros(written.shape(name)[0], dtype=torch.float64)
+            size = sum((shift.abs() for shift in shifts), exact)
+            _require_close(output, f"{name}.lora_B.bias", written.shifts[name], sum(shifts, exact), size)
+    model = output.model("base") if written.saved else None
+    for name, saved in written.saved.items():
+        assert model is not None
+        start = base_tensor(model, name)
+        for rows in saved.blocks():
+            base = start.read(rows).double()
+            changes = [w * (a.saved[name].read(rows).double() - base) for a, w in kept if name in a.saved]
+            size = sum((change.abs() for change in changes), base.abs())
+            _require_close(output, name, saved.read(rows), sum(changes, base), size)
     return {"modules": len(written.modules), "largest relative error": f"{worst:.1e}"}
+
+
+def _require_close(output: _Output, name: str, values: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> None:
+    excess = _excess(values.double(), exact, size, torch.float32)
+    if not excess <= 1:
+        raise InputError(
+            f"{output.directory / WEIGHTS}: {name} is not the merge of its sources",
+            given=f"{excess:.3g} times what rounding allows",
+        )
 
 
 def _norm(factors: Sequence[Factors], weights: Sequence[float]) -> float:
@@ -128,17 +228,13 @@ def _norm(factors: Sequence[Factors], weights: Sequence[float]) -> float:
     return float(torch.linalg.norm(r_b @ r_a.T))
 
 
-def _verify_checkpoint(
-    directory: Path, config: MergeConfig, mix: Mix, manifest: Mapping[str, Any], rng: random.Random
-) -> dict[str, Any]:
+def _verify_checkpoint(output: _Output, rng: random.Random) -> dict[str, Any]:
     """Some rows of every tensor, or some tensors whole where a method needs them whole."""
-    output = read_model(directory)
-    of_adapters = any((Path(where) / ADAPTER_CONFIG).is_file() for where in config.sources.values())
-    layout, expected, whole = (
-        _from_adapters(config, mix, manifest) if of_adapters else _from_models(config, mix, manifest)
-    )
+    directory, result = output.directory, read_model(output.directory)
+    of_adapters = any((output.places[name] / ADAPTER_CONFIG).is_file() for name in output.config.sources)
+    layout, expected, whole = _from_adapters(output) if of_adapters else _from_models(output)
     names = {name: entry for _, entries in layout.shards.values() for name, entry in entries.items()}
-    written = {name: entry for _, entries in output.shards.values() for name, entry in entries.items()}
+    written = {name: entry for _, entries in result.shards.values() for name, entry in entries.items()}
     for name, entry in names.items():
         if name not in written or written[name].shape != entry.shape:
             raise InputError(f"{directory} does not hold {name} as {layout.path} does")
@@ -147,7 +243,7 @@ def _verify_checkpoint(
         chosen = sorted(rng.sample(chosen, min(_WHOLE_TENSORS, len(chosen))))
     count, worst = 0, 0.0
     for name in chosen:
-        stored = stored_in(output, name)
+        stored = stored_in(result, name)
         assert stored is not None
         rows = stored.shape[0]
         for row in sorted(rng.sample(range(rows), min(_ROWS, rows))) if not whole else [None]:
@@ -177,16 +273,15 @@ Expected = Callable[[str, slice], tuple[torch.Tensor, torch.Tensor]]
 """Tensor name, rows -> (its numbers in float64, the sum of the magnitudes of the terms)."""
 
 
-def _from_models(config: MergeConfig, mix: Mix, manifest: Mapping[str, Any]) -> tuple[ModelDirectory, Expected, bool]:
+def _from_models(output: _Output) -> tuple[ModelDirectory, Expected, bool]:
     from psacpo.merge.combine import method_producer
 
-    models = {name: read_model(_place(name, where, manifest)) for name, where in config.sources.items()}
-    for name, model in models.items():
-        _require_source(name, read_digest(model), manifest)
-    base = read_model(Path(config.base)) if config.base else None
-    if base is not None:
-        _require_source("base", read_digest(base), manifest)
-    layout = read_model(Path(config.layout)) if config.layout else base or next(iter(models.values()))
+    config, mix = output.config, output.mix
+    models = {name: output.model(name) for name in config.sources}
+    base = output.model("base") if config.base else None
+    for name, model in {**models, **({"base": base} if base else {})}.items():
+        output.require(name, read_digest(model))
+    layout = output.model("layout")
     weights = mix.weights
     if weights is not None:
 
@@ -200,6 +295,8 @@ def _from_models(config: MergeConfig, mix: Mix, manifest: Mapping[str, Any]) -> 
     def whole(name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         found = layout.find(name)
         assert found is not None
+        if 0 in found[1].shape:
+            return torch.zeros(found[1].shape, dtype=torch.float64), torch.zeros(found[1].shape, dtype=torch.float64)
         blocks = produce(name, found[1])
         assert blocks is not None
         data = b"".join(bytes(memoryview(next(iter(buffers))).cast("B")) for _, buffers in blocks)
@@ -209,14 +306,12 @@ def _from_models(config: MergeConfig, mix: Mix, manifest: Mapping[str, Any]) -> 
     return layout, whole, True
 
 
-def _from_adapters(config: MergeConfig, mix: Mix, manifest: Mapping[str, Any]) -> tuple[ModelDirectory, Expected, bool]:
-    assert config.base is not None
-    if mix.weights is None:
-        raise InputError(f"the method {config.method} on adapters cannot be verified", allowed="linear")
-    weights, adapters = mix.weights, _adapters(config, manifest)
-    base = read_model(Path(config.base))
-    if "base" in manifest["inputs"]:
-        _require_source("base", digest_model(base.path), manifest)
+def _from_adapters(output: _Output) -> tuple[ModelDirectory, Expected, bool]:
+    if output.mix.weights is None:
+        raise InputError(f"the method {output.config.method} on adapters cannot be verified", allowed="linear")
+    weights, adapters = output.mix.weights, output.adapters()
+    base = output.model("base")
+    output.require("base", digest_model(base.path))
     plan = plan_changes(base, adapters)
 
     def rows_of(name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

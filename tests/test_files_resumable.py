@@ -107,12 +107,12 @@ def test_what_died_between_two_renames_is_mended(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with resumable_directory(out, key="a") as partial:
         (partial / MANIFEST).write_text("{}")
-    (tmp_path / ".out.old-x").mkdir()
-    out.rename(tmp_path / ".out.old-x" / "out")
+    (tmp_path / ".out.old-abcd_123").mkdir()
+    out.rename(tmp_path / ".out.old-abcd_123" / "out")
     with pytest.raises(InputError, match="in use"), resumable_directory(out, key="b"):
         pytest.fail("the old output is back, and in use")
     assert names(out) == [MANIFEST]
-    (tmp_path / ".out.old-y").mkdir()
+    (tmp_path / ".out.old-abcd_124").mkdir()
     with resumable_directory(out, key="b", overwrite=True):
         pass
     assert names(tmp_path) == ["out"]
