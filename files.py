@@ -23,7 +23,7 @@ PROGRESS = ".progress"
 """The directory in a `resumable_directory` that holds what is not part of the output: markers, files half written."""
 _CHUNK = 1 << 20
 # Files of this size and more are worth remembering the digest of.
-_WORTH_REMEMBERING = 64 << 20
+_WORTH_REMEMBERING = 8 << 20
 # File times are as coarse as this on some file systems: a younger file may change again without showing it.
 _SETTLED_NS = 2_000_000_000
 _MOST_REMEMBERED = 4096

@@ -23,7 +23,7 @@ from psacpo.merge.adapters import (
 from psacpo.merge.bases import Base, find_base
 from psacpo.merge.card import Dial
 from psacpo.merge.changes import plan_changes
-from psacpo.merge.checkpoints import delta_producer
+from psacpo.merge.checkpoints import delta_producer, write_in_threads
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, Mix
 from psacpo.merge.deltas import delta_method_producer
 from psacpo.merge.jobs import (
@@ -33,8 +33,10 @@ from psacpo.merge.jobs import (
     Open,
     checkpoint_writer,
     decisive,
+    identity,
     model_bytes,
     side_digests,
+    weights_digest,
     written_bytes,
 )
 from psacpo.merge.models import ModelDirectory, read_model
@@ -69,8 +71,14 @@ def prepare_adapters(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[
         )
     adapters = {name: read_adapter(place) for name, place in places.items()}
     require_compatible(adapters)
+    # A linear merge into weights reads every byte of the base anyway.
+    learned = kind == "checkpoint" and config.method == "linear"
     base = find_base(
-        config.base, adapters, on_disk=kind == "checkpoint", allow_different_base=config.allow_different_base
+        config.base,
+        adapters,
+        on_disk=kind == "checkpoint",
+        allow_different_base=config.allow_different_base,
+        digested=not learned,
     )
     known = base.digest or next((a.base_digest for a in adapters.values() if a.base_digest), None)
     digests = ({"base": known} if known else {}) | {name: adapter.digest for name, adapter in adapters.items()}
@@ -90,8 +98,9 @@ def prepare_adapters(config: MergeConfig, mixes: Sequence[Mix], places: Mapping[
     model = read_model(base.path) if base.path is not None else None
     if kind == "checkpoint":
         assert model is not None
-        common["key"] = digest([common["key"], side_digests(model)])
-        return Job(**common, **_checkpoint(config, model, given))
+        own = [] if base.digest else [identity({"base": model})]
+        common["key"] = digest([common["key"], side_digests(model), *own])
+        return Job(**common, **_checkpoint(config, model, given, learn=base.digest is None))
     require_writable(given)
     return Job(**common, **_adapter(config, base, model, given))
 
@@ -118,7 +127,10 @@ def _adapter(
     }
 
 
-def _checkpoint(config: MergeConfig, model: ModelDirectory, adapters: Sequence[Adapter]) -> dict[str, Any]:
+def _checkpoint(
+    config: MergeConfig, model: ModelDirectory, adapters: Sequence[Adapter], *, learn: bool
+) -> dict[str, Any]:
+    """`learn`: the digest of the base is not known before the work."""
     dtype = SAFETENSORS_DTYPES[config.dtype] if config.dtype else None
     plan_changes(model, adapters)
 
@@ -138,7 +150,13 @@ def _checkpoint(config: MergeConfig, model: ModelDirectory, adapters: Sequence[A
         "bytes_out": lambda mix: size,
         "memory": _RUNTIME + _adapter_files(adapters) + (64 << 20),
         "work": model_bytes(model),
-        "write": checkpoint_writer(model, make, lambda _: {}, dtype=config.dtype),
+        "write": checkpoint_writer(
+            model,
+            make,
+            lambda producer: {"base": weights_digest(producer.base_digests())} if learn else {},
+            dtype=config.dtype,
+            write_files=write_in_threads if config.method == "linear" else None,
+        ),
     }
 
 

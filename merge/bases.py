@@ -29,7 +29,7 @@ class Base:
     Attributes:
         name: Hub id, or the absolute path of a local directory.
         path: Its directory; None for a hub model that was not needed on disk.
-        digest: Of its weights and configuration, None where it is not on disk.
+        digest: Of its weights and configuration, None where it is not on disk, or was not wanted.
     """
 
     name: str
@@ -38,7 +38,12 @@ class Base:
 
 
 def find_base(
-    name: str | None, adapters: Mapping[str, Adapter], *, on_disk: bool, allow_different_base: bool = False
+    name: str | None,
+    adapters: Mapping[str, Adapter],
+    *,
+    on_disk: bool,
+    allow_different_base: bool = False,
+    digested: bool = True,
 ) -> Base:
     """The base of some adapters, once it is certain that each was made on it and fits it.
 
@@ -51,6 +56,8 @@ def find_base(
         adapters: What to call each -> the adapter.
         on_disk: Whether a hub model is fetched (or taken from the local cache).
         allow_different_base: Take adapters that were made on another base, if only their shapes fit this one.
+        digested: Whether the base's digest is wanted also where no adapter names one to hold it against; every byte of
+            the base is read for it.
 
     Raises:
         InputError: There is no such model, it is no model directory, or an adapter is for another base.
@@ -81,7 +88,7 @@ def find_base(
     headers = path or _cached(wanted, first.revision)
     if headers is not None and _has_headers(headers):
         require_fitting(read_model(headers), adapters)
-    digest = digest_model(path) if path else None
+    digest = digest_model(path) if path and (digested or any(a.base_digest for a in adapters.values())) else None
     if local and not allow_different_base:
         for role, adapter in adapters.items():
             if adapter.base_digest is not None and adapter.base_digest != digest:

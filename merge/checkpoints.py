@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from psacpo.errors import InputError
 from psacpo.merge.adapter_files import Adapter
 from psacpo.merge.arithmetic import Factors, dora_weight, folded, interpolate
 from psacpo.merge.changes import Change, plan_changes, plan_deltas
 from psacpo.merge.floats import first_unfit, fits
+from psacpo.merge.hashes import InputHashes
+from psacpo.merge.linear import THREADS
 from psacpo.merge.models import ModelDirectory
+from psacpo.merge.shards import Blocks, Buffer, Producer, write_shards
 from psacpo.merge.stored import DTYPES, StoredTensor, stored_in
 from psacpo.merge.tensorfiles import Entry
 
-if TYPE_CHECKING:
-    from psacpo.merge.shards import Blocks, Buffer, Producer
-
-__all__ = ["delta_producer", "plan_deltas"]
+__all__ = ["DeltaProducer", "delta_producer", "plan_deltas", "write_in_threads"]
 
 
 def delta_producer(
     base: ModelDirectory, adapters: Sequence[Adapter], mixes: Sequence[Sequence[float]], *, dtype: str | None = None
-) -> Producer:
+) -> DeltaProducer:
     """What `psacpo.merge.shards.write_shards` asks for the bytes of each tensor of base + adapters, a buffer a mix.
 
     Each tensor is W + sum_i w_i (W_i - W), W_i what adapter i makes of it: computed in float32 (float64 where the base
@@ -45,31 +47,60 @@ def delta_producer(
     """
     if any(len(mix) != len(adapters) for mix in mixes):
         raise ValueError(f"mixes {mixes} for {len(adapters)} adapters")
-    plan = plan_changes(base, adapters)
-
-    def produce(name: str, entry: Entry) -> Blocks | None:
-        source = stored_in(base, name)
-        if source is None:
-            return None
-        stored = DTYPES[dtype or source.entry.dtype]
-        if name not in plan:
-            return _unchanged(source, len(mixes), stored)
-        return _Tensor(source, plan[name], adapters).blocks(mixes, stored)
-
-    return produce
+    return DeltaProducer(base, adapters, mixes, dtype)
 
 
-def _unchanged(source: StoredTensor, outputs: int, dtype: torch.dtype) -> Blocks:
-    memory = _Memory(source, dtype)
+class DeltaProducer:
+    """See `delta_producer`. It also learns the digests of the base, since every byte of it goes through it."""
+
+    def __init__(
+        self, base: ModelDirectory, adapters: Sequence[Adapter], mixes: Sequence[Sequence[float]], dtype: str | None
+    ) -> None:
+        self.base, self.adapters, self.mixes, self.dtype = base, adapters, mixes, dtype
+        self.hashes = InputHashes([base])
+        self._plan = plan_changes(base, adapters)
+
+    def __call__(self, name: str, entry: Entry) -> Blocks | None:
+        source = stored_in(self.base, name)
+        return None if source is None else self._blocks(name, source)
+
+    def base_digests(self) -> dict[str, str]:
+        """File name -> digest. What was not asked for (shards that were finished before) is read now."""
+        return self.hashes.digests()[0]
+
+    def _blocks(self, name: str, source: StoredTensor) -> Blocks:
+        dtype = DTYPES[self.dtype or source.entry.dtype]
+        memory = _Memory(source, dtype)
+        if name in self._plan:
+            yield from _Tensor(source, self._plan[name], self.adapters).blocks(self.mixes, memory)
+        else:
+            yield from _unchanged(source, len(self.mixes), memory)
+        self.hashes.known[0, name] = memory.state.digest()
+
+
+def write_in_threads(
+    directories: Sequence[Path], layout: ModelDirectory, produce: Producer, **settings: Any
+) -> list[dict[str, str]]:
+    """`psacpo.merge.shards.write_shards`, with a tensor to each core. Its products are too small to be split well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return write_shards(directories, layout, produce, threads=min(THREADS, before), **settings)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _unchanged(source: StoredTensor, outputs: int, memory: _Memory) -> Blocks:
+    dtype = memory.write.dtype
     for rows in source.blocks():
-        values = source.read(rows, memory.read)
+        values = memory.load(rows)
         source.require_finite(values, rows)
         same = dtype == source.dtype
         buffer = _bytes(values) if same else memory.rounded(memory.widened(values), values, rows)
         yield rows.start * source.row * dtype.itemsize, [buffer] * outputs
 
 
-def _bytes(values: torch.Tensor) -> Buffer:
+def _bytes(values: torch.Tensor) -> Any:
     return values.reshape(-1).view(torch.uint8).numpy()
 
 
@@ -83,6 +114,13 @@ class _Memory:
         self.read = torch.empty(size, dtype=source.dtype)
         self.wide = torch.empty(size, dtype=source.wide)
         self.write = torch.empty(size, dtype=dtype)
+        self.state = xxhash.xxh3_128()
+
+    def load(self, rows: slice) -> torch.Tensor:
+        """Rows as they are stored, valid until the next call; to be asked for in order, each once."""
+        values = self.source.read(rows, self.read)
+        self.state.update(_bytes(values).data)
+        return values
 
     def widened(self, values: torch.Tensor) -> torch.Tensor:
         """A copy of values, of their shape, that may be worked on."""
@@ -131,7 +169,7 @@ class _Tensor:
             else:
                 self.deltas[part.adapter] = factors
 
-    def blocks(self, mixes: Sequence[Sequence[float]], dtype: torch.dtype) -> Blocks:
+    def blocks(self, mixes: Sequence[Sequence[float]], memory: _Memory) -> Blocks:
         used = {index for mix in mixes for index, weight in enumerate(mix) if weight != 0}
         norms = self._column_norms([index for index in self.dora if index in used]) if self.transposed else {}
         stacked: dict[tuple[int, ...], torch.Tensor] = {}
@@ -139,16 +177,15 @@ class _Tensor:
             owners = tuple(index for index in self.deltas if mix[index] != 0)
             if owners and owners not in stacked:
                 stacked[owners] = torch.cat([self.deltas[index].A for index in owners])
-        memory = _Memory(self.source, dtype)
         for rows in self.source.blocks():
-            values = self.source.read(rows, memory.read)
+            values = memory.load(rows)
             if self.saved:  # at weight 1 nothing of the base is left, nor of what is wrong with it
                 self.source.require_finite(values, rows)
             whole = self._whole(rows, values, used, norms)
             mixed = (self._mixed(mix, rows, values, whole, stacked, memory) for mix in mixes)
             # One after the other, in one memory, whatever the number of mixes.
             yield (
-                rows.start * self.source.row * dtype.itemsize,
+                rows.start * self.source.row * memory.write.itemsize,
                 (memory.rounded(value, values, rows) for value in mixed),
             )
 

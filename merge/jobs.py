@@ -120,8 +120,8 @@ def checkpoint_writer(
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """One digest of a model's weights from those of its shards."""
-    return digest(dict(sorted(files.items())))
+    """One digest of a model's weights from those of its shards; `xxh3:` in front, as theirs have it."""
+    return f"xxh3:{digest(dict(sorted(files.items())))}"
 
 
 def read_digest(model: ModelDirectory) -> str:

@@ -19,8 +19,9 @@ import xxhash
 from psacpo.errors import InputError
 from psacpo.merge.blend import Blend, NotFinite
 from psacpo.merge.floats import STORAGE, Array
+from psacpo.merge.hashes import InputHashes
 from psacpo.merge.models import ModelDirectory
-from psacpo.merge.shards import Blocks, hash_tensor, join_digests, open_input, read_at, read_into, write_shards
+from psacpo.merge.shards import Blocks, open_input, read_at, read_into, write_shards
 from psacpo.merge.tensorfiles import FLOATING, SIZES, Entry
 
 # Elements that are worked on at once, by measurement: with blocks of 256 KiB in float32, all that two inputs need stays
@@ -143,42 +144,17 @@ class LinearProducer:
         self, models: Sequence[ModelDirectory], mixes: Sequence[Sequence[float]], dtype: str | None = None
     ) -> None:
         self.models, self.mixes, self.dtype = list(models), [tuple(mix) for mix in mixes], dtype
+        self.hashes = InputHashes(models)
         self._places = [model.tensors() for model in models]
-        # (source, tensor) -> XXH3-128 of its bytes there
-        self._hashes: dict[tuple[int, str], bytes] = {}
 
     def __call__(self, name: str, entry: Entry) -> Blocks | None:
         if entry.dtype not in FLOATING:
             return None
         return self._blocks(name, entry.shape, self.dtype or entry.dtype)
 
-    @property
-    def hashes(self) -> dict[tuple[int, str], bytes]:
-        """What went through so far: (source, tensor) -> XXH3-128 of its bytes."""
-        return self._hashes
-
-    def learn(self, hashes: Mapping[tuple[int, str], bytes]) -> None:
-        """Take over the hashes of what went through elsewhere."""
-        self._hashes.update(hashes)
-
     def input_digests(self) -> list[dict[str, str]]:
         """For each source: file name -> digest. What was not asked for (shards that were finished before) is read now."""
-        return [
-            {shard: self._file_digest(place, model, shard) for shard in model.shards}
-            for place, model in enumerate(self.models)
-        ]
-
-    def _file_digest(self, source: int, model: ModelDirectory, shard: str) -> str:
-        begin, entries = model.shards[shard]
-        path = model.path / shard
-        with open_input(path) as descriptor:
-            for name, entry in entries.items():
-                if (source, name) not in self._hashes:
-                    self._hashes[source, name] = hash_tensor(
-                        descriptor, path, begin + entry.start, entry.end - entry.start
-                    )
-            header = read_at(descriptor, path, 0, begin)
-        return join_digests(header, (self._hashes[source, name] for name in entries))
+        return self.hashes.digests()
 
     def _blocks(self, name: str, shape: tuple[int, ...], dtype: str) -> Blocks:
         count = math.prod(shape)
@@ -193,7 +169,7 @@ class LinearProducer:
                 stored = [source.read(min(step, count - start)) for source in sources]
                 yield start * SIZES[dtype], _located(blend(stored), sources, name, shape, start)
             for place, source in enumerate(sources):
-                self._hashes[place, name] = source.state.digest()
+                self.hashes.known[place, name] = source.state.digest()
 
 
 class _Source:

@@ -111,7 +111,7 @@ def _hear(
     if kind == "error":
         raise value
     digests, hashes = value
-    producer.learn(hashes)
+    producer.hashes.learn(hashes)
     for found, files in zip(written, digests, strict=True):
         found.update(files)
 
@@ -135,6 +135,6 @@ def _work(
             found = write_shards(
                 directories, part, producer, dtype=dtype, done=lambda count: sender.send(("done", count))
             )
-            sender.send(("result", (found, producer.hashes)))
+            sender.send(("result", (found, producer.hashes.known)))
         except Exception as error:  # noqa: BLE001 - it is raised again where it can be told
             sender.send(("error", error))
