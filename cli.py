@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -26,17 +27,23 @@ RecipeArgument = Annotated[
     Path | None,
     typer.Argument(metavar="RECIPE", help="A recipe, or a directory with psacpo.yaml; default: the one here."),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Output directory.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
-BaseOption = Annotated[str | None, typer.Option("--base", help="Base model: a directory or a hub id.")]
-RewardOption = Annotated[Path | None, typer.Option("--reward", help="Reward adapter: a PEFT directory.")]
-SafetyOption = Annotated[Path | None, typer.Option("--safety", help="Safety adapter: a PEFT directory.")]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output directory.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of every random choice.")]
+BaseOption = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a directory or a hub id.")]
+RewardOption = Annotated[Path | None, typer.Option("--reward", metavar="DIR", help="Reward adapter: a PEFT directory.")]
+SafetyOption = Annotated[Path | None, typer.Option("--safety", metavar="DIR", help="Safety adapter: a PEFT directory.")]
 RatioOption = Annotated[
     list[str] | None,
-    typer.Option("--ratio", "--ratios", help="Weight of the safety policy, 0 to 1; repeatable; or a grid 0:1:0.125."),
+    typer.Option(
+        "--ratio",
+        "--ratios",
+        metavar="RATIO",
+        help="Weight of the safety policy, 0 to 1; repeatable; or a grid 0:1:0.125.",
+    ),
 ]
 TemplateOption = Annotated[
-    str | None, typer.Option("--template", help="Raw template with {prompt}; default: the chat template.")
+    str | None,
+    typer.Option("--template", metavar="TEXT", help="Raw template with {prompt}; default: the chat template."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
@@ -56,10 +63,10 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where to put the demo's project directory.")] = Path(
-        "psacpo-demo"
-    ),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of data, training and sampling.")] = 0,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where to put the demo's project directory.")
+    ] = Path("psacpo-demo"),
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of data, training and sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """The whole main job on a built-in tiny model, CPU only.
@@ -85,6 +92,15 @@ def align(
     template: TemplateOption = None,
     beta: Annotated[float | None, typer.Option("--beta", help="KL weight of the first stage.")] = None,
     lambda_: Annotated[float | None, typer.Option("--lambda", help="Stage 2 has the KL weight beta/lambda.")] = None,
+    order: Annotated[
+        str | None, typer.Option("--order", help="The stages' names in order, as safety,reward; default: the recipe's.")
+    ] = None,
+    naive: Annotated[
+        bool, typer.Option("--naive", help="Also train each later stage from the base, for rewarded soups.")
+    ] = False,
+    lambdas: Annotated[
+        str | None, typer.Option("--lambdas", help="Also train stage 2 at each of these lambdas, as 1,2,4.")
+    ] = None,
     out: OutOption = None,
     seed: SeedOption = None,
     overwrite: OverwriteOption = False,
@@ -103,6 +119,9 @@ def align(
         stages=stages_from_flags(project, reward_data, safety_data),
         template=template,
         beta=beta,
+        order=order,
+        naive=naive or None,
+        lambdas=lambdas,
         out=out,
         seed=seed,
         overwrite=overwrite or None,
@@ -111,7 +130,7 @@ def align(
     if dry_run:
         return _print_plan(plan(config), as_json)
     where = job(project, config)
-    adapters = {stage.name: str(where / stage.name) for stage in config.stages}
+    adapters = {stage.name: str(where / stage.name) for stage in config.runs}
     _show(
         {"out": str(where), "adapters": adapters},
         as_json,
@@ -127,21 +146,33 @@ def merge(
     ] = None,
     base: BaseOption = None,
     reward: Annotated[
-        str | None, typer.Option("--reward", help="Reward policy: a PEFT adapter or a full model.")
+        str | None, typer.Option("--reward", metavar="DIR", help="Reward policy: a PEFT adapter or a full model.")
     ] = None,
-    safety: Annotated[str | None, typer.Option("--safety", help="Safety policy, of the same kind.")] = None,
+    safety: Annotated[
+        str | None, typer.Option("--safety", metavar="DIR", help="Safety policy, of the same kind.")
+    ] = None,
     ratio: RatioOption = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", help="DIR=WEIGHT, for any number of policies; repeatable.")
+        list[str] | None,
+        typer.Option("--policy", metavar="DIR=WEIGHT", help="A policy and its weight, any number of them; repeatable."),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="linear (default), ties, slerp, ...")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="NAME", help="linear (default), ties, slerp, ...")
+    ] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", help="NAME=VALUE of the method, as density=0.5; repeatable.")
+        list[str] | None,
+        typer.Option("--parameter", metavar="NAME=VALUE", help="Of the method, as density=0.5; repeatable."),
     ] = None,
-    kind: Annotated[str | None, typer.Option("--as", help="adapter or checkpoint; default: as what comes in.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Recompress the adapter to this rank.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of a checkpoint; default: as its base.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the methods that draw.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--as", metavar="KIND", help="adapter or checkpoint; default: as what comes in.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="Recompress the adapter to this rank.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Of a checkpoint; default: as its base.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of the methods that draw.")] = None,
     extrapolate: Annotated[bool, typer.Option("--extrapolate", help="Allow ratios outside 0 to 1.")] = False,
     unnormalised: Annotated[
         bool, typer.Option("--unnormalised", help="Allow policies' weights that do not sum to 1.")
@@ -151,10 +182,12 @@ def merge(
     ] = False,
     out: OutOption = None,
     overwrite: OverwriteOption = False,
-    push_to_hub: Annotated[str | None, typer.Option("--push-to-hub", help="Upload to this hub repository.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload to this hub repository.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="A new hub repository is private.")] = False,
     verify: Annotated[
-        Path | None, typer.Option("--verify", help="Check an output against its sources; merge nothing.")
+        Path | None, typer.Option("--verify", metavar="DIR", help="Check an output against its sources; merge nothing.")
     ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -210,24 +243,36 @@ def frontier(
     base: BaseOption = None,
     reward: RewardOption = None,
     safety: SafetyOption = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Rows with a column prompt.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Rows with a column prompt.")
+    ] = None,
     ratio: RatioOption = None,
-    reward_model: Annotated[str | None, typer.Option("--reward-model", help="Scalar judge called reward.")] = None,
-    cost_model: Annotated[str | None, typer.Option("--cost-model", help="Scalar judge called cost.")] = None,
+    reward_model: Annotated[
+        str | None, typer.Option("--reward-model", metavar="MODEL", help="Scalar judge called reward.")
+    ] = None,
+    cost_model: Annotated[
+        str | None, typer.Option("--cost-model", metavar="MODEL", help="Scalar judge called cost.")
+    ] = None,
     constraint: Annotated[
-        list[str] | None, typer.Option("--constraint", help="METRIC<=NUMBER or METRIC>=NUMBER; repeatable.")
+        list[str] | None,
+        typer.Option("--constraint", metavar="CONSTRAINT", help="METRIC<=NUMBER or METRIC>=NUMBER; repeatable."),
     ] = None,
     template: TemplateOption = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="Answers a prompt and policy.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", help="Answers a prompt and policy.")] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="auto, transformers, vllm, openai or ray; docs/engines.md.")
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="auto, transformers, vllm, openai or ray; docs/engines.md."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="How vLLM gets the policies: auto, lora or reload.")
+        str | None, typer.Option("--strategy", metavar="NAME", help="How vLLM gets the policies: auto, lora or reload.")
     ] = None,
     engine_set: Annotated[
         list[str] | None,
-        typer.Option("--engine-set", help="ENGINE.NAME=VALUE, as vllm.tensor_parallel_size=2; repeatable."),
+        typer.Option(
+            "--engine-set",
+            metavar="SETTING",
+            help="ENGINE.NAME=VALUE, as vllm.tensor_parallel_size=2; repeatable.",
+        ),
     ] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe's python judges run.")] = False,
     out: OutOption = None,
@@ -240,14 +285,15 @@ def frontier(
     Exits with 3 when no ratio meets the constraint.
     """
     _quiet_libraries()
-    from psacpo.evalharness import frontier as job
     from psacpo.evalharness.config import parse_engine_settings
     from psacpo.merge.config import parse_ratios
+    from psacpo.pipeline import frontier as job
     from psacpo.recipe import Project
 
     judges = {"reward": (reward_model, "higher"), "cost": (cost_model, "lower")}
     adapters = {"reward": reward, "safety": safety}
-    config = Project.find(recipe).frontier(
+    project = Project.find(recipe)
+    config = project.frontier(
         base=base,
         adapters={name: path for name, path in adapters.items() if path is not None},
         prompts=prompts,
@@ -267,7 +313,7 @@ def frontier(
         from psacpo.evalharness.sweep import plan_summary
 
         return _print_plan(plan_summary(config), as_json)
-    raise typer.Exit(_show_run(job(config), as_json))
+    raise typer.Exit(_show_run(job(project, config), as_json))
 
 
 @app.command()
@@ -292,46 +338,64 @@ def serve(
     safety: SafetyOption = None,
     ratio: Annotated[
         list[str] | None,
-        typer.Option("--ratio", "--ratios", help="Serve this ratio and no other, nor the base; repeatable."),
+        typer.Option(
+            "--ratio", "--ratios", metavar="RATIO", help="Serve this ratio and no other, nor the base; repeatable."
+        ),
     ] = None,
     host: Annotated[
-        str | None, typer.Option("--host", help="Address to listen on, default 127.0.0.1; others need --api-key.")
+        str | None,
+        typer.Option(
+            "--host", metavar="ADDRESS", help="Address to listen on, default 127.0.0.1; others need --api-key."
+        ),
     ] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Default: 8000.")] = None,
+    port: Annotated[int | None, typer.Option("--port", metavar="PORT", help="Default: 8000.")] = None,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="PSACPO_API_KEY", help="Bearer token that clients must send."),
+        typer.Option("--api-key", metavar="KEY", envvar="PSACPO_API_KEY", help="Bearer token that clients must send."),
     ] = None,
     max_ratios: Annotated[
-        int | None, typer.Option("--max-ratios", help="Ratios held at once beside 0 and 1; default 64.")
+        int | None, typer.Option("--max-ratios", metavar="N", help="Ratios held at once beside 0 and 1; default 64.")
     ] = None,
-    snap: Annotated[float | None, typer.Option("--snap", help="Move ratios to the nearest multiple, as 0.05.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option("--cache-dir", help="Where built policies are kept.")] = None,
+    snap: Annotated[
+        float | None, typer.Option("--snap", metavar="STEP", help="Move ratios to the nearest multiple, as 0.05.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", metavar="DIR", help="Where built policies are kept.")
+    ] = None,
     cache_size: Annotated[
-        str | None, typer.Option("--cache-size", help="Bytes that they may take, default 20GB.")
+        str | None, typer.Option("--cache-size", metavar="SIZE", help="Bytes that they may take, default 20GB.")
     ] = None,
     max_loras: Annotated[
-        int | None, typer.Option("--max-loras", help="Different ratios in one batch; default 10.")
+        int | None, typer.Option("--max-loras", metavar="N", help="Different ratios in one batch; default 10.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the weights: auto, float32, ...")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="DTYPE", help="Of the weights: auto, float32, ...")
+    ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Longest prompt and answer together, in tokens.")
+        int | None,
+        typer.Option("--max-model-len", metavar="TOKENS", help="Longest prompt and answer together, in tokens."),
     ] = None,
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option("--gpu-memory-utilization", help="Part of the device's memory to take.")
+        float | None,
+        typer.Option("--gpu-memory-utilization", metavar="SHARE", help="Part of the device's memory to take."),
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", help="Devices that each layer is split over.")
+        int | None, typer.Option("--tensor-parallel-size", metavar="N", help="Devices that each layer is split over.")
     ] = None,
     pipeline_parallel_size: Annotated[
-        int | None, typer.Option("--pipeline-parallel-size", help="Groups of devices that layers are spread over.")
+        int | None,
+        typer.Option("--pipeline-parallel-size", metavar="N", help="Groups of devices that layers are spread over."),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option("--quantization", help="vLLM's name of a quantisation of the base.")
+        str | None, typer.Option("--quantization", metavar="NAME", help="vLLM's name of a quantisation of the base.")
     ] = None,
     engine_args: Annotated[
         str | None,
-        typer.Option("--engine-args", help="Further arguments of vLLM's server in one string: '--enforce-eager'."),
+        typer.Option(
+            "--engine-args",
+            metavar="ARGUMENTS",
+            help="Further arguments of vLLM's server in one string: '--enforce-eager'.",
+        ),
     ] = None,
     seed: SeedOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's log from the start.")] = False,
@@ -385,7 +449,7 @@ def run(recipe: RecipeArgument = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """What is here: packages, devices, room, which engines work and what installs the others.
+    """What works here: packages, devices, room, engines, and what installs the others.
 
     Exits with 2 when psacpo itself cannot work here.
     """
@@ -415,7 +479,9 @@ def _show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    _show(plan, as_json, [f"{name}: {value}" for name, value in plan.items()])
+    from psacpo.console import plan_lines
+
+    _show(plan, as_json, plan_lines(plan))
 
 
 def _quiet_libraries() -> None:
@@ -434,6 +500,9 @@ def _terminated(number: int, _frame: object) -> None:
 def main() -> None:
     """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, _terminated)
+    # Importing torch and transformers makes a million objects that live on: to look through them again and again for
+    # garbage would be a third of the time that the imports take.
+    gc.set_threshold(100_000, 20, 50)
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
@@ -449,6 +518,7 @@ def main() -> None:
         if format_message is None:  # a click error is the user's, anything else is ours and shows its trace
             raise
         code = _fail(f"{format_message()} (psacpo --help)")
+    gc.freeze()  # else all that is loaded is looked through for garbage once more, to no end
     sys.exit(code or 0)
 
 
