@@ -25,8 +25,8 @@ from psacpo.files import (
 )
 from psacpo.merge.card import render_card
 from psacpo.merge.config import MergeConfig, Mix
+from psacpo.merge.finished import KEY, is_finished
 from psacpo.merge.jobs import Job, prepare
-from psacpo.merge.progress import KEY, Finished
 from psacpo.merge.signatures import signature
 from psacpo.merge.upload import require_repository, upload
 
@@ -38,7 +38,8 @@ def merge(config: MergeConfig) -> list[Path]:
     """Write the policy of each mix: W(q) = W_base + (1-q) * delta_reward + q * delta_safety for each ratio q.
 
     Everything is checked before anything is written; each output appears whole or not at all. A merge that was
-    interrupted goes on when it is called again with the same sources and settings, and ends in the same bytes.
+    interrupted goes on when it is called again with the same sources and settings, and ends in the same bytes; outputs
+    that it has written already are left as they are.
 
     Returns:
         The output directories in the order of the ratios: `config.out` itself for one mix, else directories in it.
@@ -51,29 +52,28 @@ def merge(config: MergeConfig) -> list[Path]:
     job = prepare(config, mixes)
     for out in outputs.values():
         require_apart(out, job.places, replaced=True)
-    finished = Finished(config.out, job.key, many=len(mixes) > 1)
-    left = [mix for mix in mixes if not finished.has(outputs[mix.name], _key(job, mix))]
-    for mix in left:
-        require_unused(outputs[mix.name], overwrite=config.overwrite)
+    left = _left(config, mixes, outputs, job)
     require_free_space(config.out, _needed(job, left))
     if config.push_to_hub is not None:
         require_repository(config.push_to_hub, private=config.private)
     for text in job.warnings:
         say(f"warning: {text}")
+    for mix in mixes:
+        if mix not in left:
+            say(f"{outputs[mix.name]} is there already, with what this merge would write")
 
     @contextlib.contextmanager
     def directory(mix: Mix) -> Iterator[Path]:
         out = outputs[mix.name]
         with _output(job, out, mix, overwrite=config.overwrite) as place:
             yield place
-            finished.begin()
 
     def describe(mix: Mix, place: Path, found: Mapping[str, Any]) -> None:
         _describe(place, config, job, mix, found)
 
-    with _no_empty_parents(next(iter(outputs.values()))), progress("merge", job.work * len(left)) as advance:
-        job.write(left, directory, describe, advance)
-    finished.forget()
+    if left:
+        with _no_empty_parents(next(iter(outputs.values()))), progress("merge", job.work * len(left)) as advance:
+            job.write(left, directory, describe, advance)
     if config.push_to_hub is not None:
         say(f"uploaded to {upload(config.push_to_hub, list(outputs.values()))}")
     return list(outputs.values())
@@ -86,18 +86,20 @@ def plan(config: MergeConfig) -> dict[str, Any]:
         InputError: Whatever `merge` would refuse before the work.
     """
     mixes = config.mixes()
-    outputs = list(_places(config, mixes).values())
+    outputs = _places(config, mixes)
     job = prepare(config, mixes)
-    for out in outputs:
+    for out in outputs.values():
         require_apart(out, job.places, replaced=True)
-        require_unused(out, overwrite=config.overwrite)
-    needed = _needed(job, mixes)
+    left = _left(config, mixes, outputs, job)
+    there = [str(outputs[mix.name]) for mix in mixes if mix not in left]
+    needed = _needed(job, left)
     require_free_space(config.out, needed)
     return {
         "sources": ", ".join(f"{name} {place}" for name, place in job.sources.items()),
         "base": job.base,
         "as": job.kind,
-        "outputs": ", ".join(map(str, outputs)),
+        "outputs": ", ".join(str(outputs[mix.name]) for mix in left),
+        **({"there already": ", ".join(there)} if there else {}),
         "tensors": job.tensors,
         "reads": _size(job.bytes_in),
         "writes": _size(needed),
@@ -105,6 +107,14 @@ def plan(config: MergeConfig) -> dict[str, Any]:
         "peak memory": f"about {_size(job.memory)}",
         **({"warnings": "; ".join(job.warnings)} if job.warnings else {}),
     }
+
+
+def _left(config: MergeConfig, mixes: Sequence[Mix], outputs: Mapping[str, Path], job: Job) -> list[Mix]:
+    """The mixes that are still to be written, once it is certain that nothing else is in their places."""
+    left = [mix for mix in mixes if not is_finished(outputs[mix.name], _key(job, mix))]
+    for mix in left:
+        require_unused(outputs[mix.name], overwrite=config.overwrite)
+    return left
 
 
 def _needed(job: Job, mixes: Sequence[Mix]) -> int:
