@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
-from psacpo.align.config import AlignConfig, Dtype, Lora, Stage
+from psacpo.align.config import AlignConfig, Dtype, Lora, Names, Numbers, Stage, Tuning, spelled_out
 from psacpo.config import Strict, read_yaml, validate
 from psacpo.errors import InputError
+from psacpo.evalharness.command import command_line
 from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric, OpenAI, Ray, Vllm
 from psacpo.files import write_atomically
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, policy_name
 from psacpo.merge.mergekit import is_mergekit, read_mergekit
 
 RECIPE = "psacpo.yaml"
+# How far above its own directory a recipe still writes a path as relative.
+_MOST_UPS = 1
 
 
 class Recipe(Strict):
@@ -32,11 +36,17 @@ class Recipe(Strict):
     # align
     beta: float = Field(0.1, gt=0)
     lambda_: float = Field(10.0, gt=0, alias="lambda")
+    tuning: Tuning = "lora"
     lora: Lora = Lora()
+    quantization: Literal["4bit"] | None = None
     max_length: int = 512
     stages: list[Stage] = Field(default_factory=list)
+    order: Names | None = None
+    naive: bool = False
+    lambdas: Numbers = ()
     gradient_checkpointing: bool = False
-    report_to: str = "none"
+    report_to: Names = ()
+    save_steps: int = Field(100, ge=0)
     out: str = "."
 
     # merge
@@ -97,6 +107,8 @@ class Project:
             values = _dump(self.recipe, AlignConfig)
             values |= {"base": self.resolve(self.recipe.base), "out": self.root / self.recipe.out}
             values["stages"] = [stage | {"data": self.resolve(stage["data"])} for stage in values["stages"]]
+            if self.recipe.prompts is not None:
+                values["evaluation_prompts"] = self.root / self.recipe.prompts
         values |= _said(flags)
         self._require(values, base="--base", stages="--reward-data and --safety-data", out="--out")
         return validate(AlignConfig, values, where=self.name)
@@ -138,6 +150,7 @@ class Project:
             if self.recipe.prompts is not None:
                 values["prompts"] = self.root / self.recipe.prompts
         flags = _said(flags)
+        values["command"] = command_line(self._as_seen_from_home(flags), self._recipe_argument())
         for name in ("adapters", "judges", "vllm", "openai", "ray"):
             values[name] = values.get(name, {}) | flags.pop(name, {})
         values |= flags
@@ -147,12 +160,16 @@ class Project:
     def resolve(self, name: str) -> str:
         """A path relative to the recipe if there is such a file or directory, else `name` itself (a hub id)."""
         local = self.root / name
-        return str(local) if local.exists() or name.startswith(("./", "../")) else name
+        if not (local.exists() or name.startswith(("./", "../"))):
+            return name
+        plain = Path(os.path.normpath(local))
+        # Past a symbolic link, a/../b need not be b.
+        return str(plain if plain.exists() and plain.samefile(local) else local)
 
     def leave(self, config: AlignConfig) -> None:
         """Leave the recipe that `config` came from in its output directory, so that the commands work there as typed.
 
-        Paths are written relative to that directory where they lie in it, and absolute elsewhere.
+        Paths are written relative to that directory where they lie in it or beside it, and absolute elsewhere.
         """
         home = config.out / RECIPE
         if self.recipe is not None and home.exists() and home.samefile(self.name):
@@ -160,12 +177,11 @@ class Project:
         said: dict[str, Any] = (
             self.recipe.model_dump(by_alias=True, exclude_unset=True, mode="json") if self.recipe else {}
         )
-        own = config.model_dump(by_alias=True, exclude_unset=True, mode="json")
-        said |= {key: value for key, value in own.items() if key not in ("out", "overwrite")}
+        said = {"base": config.base} | said | spelled_out(config)
         said["base"] = _seen_from(config.out, config.base)
         for stage in said["stages"]:
             stage["data"] = _seen_from(config.out, stage["data"])
-        said["adapters"] = {stage.name: stage.name for stage in config.stages}
+        said["adapters"] = {stage.name: stage.name for stage in config.runs}
         said.pop("out", None)
         if self.recipe is not None:
             if self.recipe.prompts is not None:
@@ -173,7 +189,72 @@ class Project:
             for name, judge in said.get("judges", {}).items():
                 if "model" in judge:
                     judge["model"] = _seen_from(config.out, self._judge(said["judges"][name])["model"])
-        write_atomically(home, yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+        head = "# Written by psacpo align. docs/align.md says what each key is, and which others there are.\n"
+        write_atomically(home, head + yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+
+    def remember(self, config: FrontierConfig) -> str | None:
+        """Add to the project's psacpo.yaml what `frontier` cannot be without and the file does not say.
+
+        These are prompts, judges and constraints: with them a plain `psacpo frontier` or `psacpo run` measures the same
+        thing again. Other flags hold for one run, and what the file says is never changed: its owner wrote it, with
+        comments, and a flag may be meant for once.
+
+        Returns:
+            A line for the user, None where there is nothing to say.
+        """
+        home = Path(self.name)
+        if self.recipe is None or home.name != RECIPE:
+            return None
+        added = self._missing(config)
+        if not added:
+            return None
+        block = yaml.safe_dump(added, sort_keys=False, allow_unicode=True)
+        names = ", ".join(added)
+        try:
+            before = home.read_text(encoding="utf-8")
+            after = (
+                before + ("" if before.endswith("\n") else "\n") + f"\n# From the flags of psacpo frontier.\n{block}"
+            )
+            # A file in YAML's flow style, or one that was edited meanwhile, cannot be added to at its end.
+            if yaml.safe_load(after) == (yaml.safe_load(before) or {}) | added:
+                write_atomically(home.resolve(), after)
+                return f"{home} now says {names}: psacpo frontier needs no flags for them here"
+        except (OSError, ValueError, yaml.YAMLError):
+            pass
+        return f"for psacpo frontier to need no flags here, add to {home}:\n{block.rstrip()}"
+
+    def _missing(self, config: FrontierConfig) -> dict[str, Any]:
+        """Prompts, judges and constraints of `config` as psacpo.yaml would say them, but for those that it says."""
+        assert self.recipe is not None
+        judges = {name: judge.model_dump(exclude_unset=True, mode="json") for name, judge in config.judges.items()}
+        for judge in judges.values():
+            if "model" in judge:
+                judge["model"] = _seen_from(self.root, judge["model"])
+        found: dict[str, Any] = {
+            "prompts": _seen_from(self.root, str(config.prompts)),
+            "judges": judges,
+            "constraints": [str(constraint) for constraint in config.constraints],
+        }
+        return {name: value for name, value in found.items() if value and name not in self.recipe.model_fields_set}
+
+    def _recipe_argument(self) -> str | None:
+        name = Path(self.name).name
+        return name if self.recipe is not None and name != RECIPE else None
+
+    def _as_seen_from_home(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Flags whose paths lead on from the project's directory, where they were given from another one."""
+        seen = dict(flags)
+        if self.root.resolve() == Path.cwd():
+            return seen
+        for name in ("base", "prompts", "out"):
+            if name in seen:
+                seen[name] = _seen_from(self.root, str(seen[name]), new=name == "out")
+        seen["adapters"] = {n: _seen_from(self.root, str(path)) for n, path in seen.get("adapters", {}).items()}
+        seen["judges"] = {
+            n: judge | ({"model": _seen_from(self.root, judge["model"])} if "model" in judge else {})
+            for n, judge in seen.get("judges", {}).items()
+        }
+        return seen
 
     def _adapters(self) -> dict[str, Path]:
         assert self.recipe is not None
@@ -199,13 +280,23 @@ def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _seen_from(directory: Path, name: str) -> str:
-    """A local path as a recipe in `directory` writes it; a hub id as it stands."""
+def _seen_from(directory: Path, name: str, *, new: bool = False) -> str:
+    """A local path as a recipe in `directory` writes it; a hub id as it stands.
+
+    Relative where it lies in the directory or beside it, as such a place is moved as a whole; not past the root.
+
+    Args:
+        new: Whether it is a path although nothing is there yet.
+    """
     path = Path(name)
-    if not path.exists():
+    if not new and not path.exists():
         return name
     target, home = path.resolve(), directory.resolve()
-    return str(target.relative_to(home)) if target.is_relative_to(home) else str(target)
+    shared = next(place for place in (home, *home.parents) if target.is_relative_to(place))
+    ups = len(home.relative_to(shared).parts)
+    if ups > _MOST_UPS or (ups and len(shared.parts) == 1):
+        return str(target)
+    return os.path.relpath(target, home)
 
 
 def merge_settings(given: Path | None, **flags: Any) -> MergeConfig:

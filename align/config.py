@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from psacpo.align.presets import preset
 from psacpo.config import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LossName = Literal["dpo", "cdpo", "ipo", "kto", "modpo", "safedpo", "tdpo1", "tdpo2", "radpo1", "radpo2"]
 RiskName = Literal["kl", "cvar", "erm", "cvar_released"]
+Column = Literal["prompt", "chosen", "rejected", "completion", "label", "margin", "chosen_safe", "rejected_safe"]
+
+Tuning = Literal["lora", "full"]
+
+# Full fine-tuning as in TRL. Adapters want ten times as much and more, the more the fewer steps there are: published
+# DPO runs with LoRA take 5e-6 for sixty thousand pairs, and 1e-4 and more for a thousand.
+LEARNING_RATES: dict[Tuning, float] = {"lora": 5e-5, "full": 1e-6}
 
 # Settings that some losses take; for the others they are no settings at all.
 LOSS_SETTINGS: dict[str, tuple[LossName, ...]] = {
@@ -26,6 +43,8 @@ LOSS_SETTINGS: dict[str, tuple[LossName, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
+# What pairs need besides their order, as columns.
+LOSS_COLUMNS: dict[str, tuple[str, ...]] = {"modpo": ("margin",), "safedpo": ("chosen_safe", "rejected_safe")}
 # The levels of each measure of risk: whether a number is one, and which are, in words.
 _LEVELS: dict[RiskName, tuple[float, bool, str]] = {
     "cvar": (1.0, True, "above 0 and at most 1, the mass of the tail"),
@@ -38,13 +57,44 @@ _LEVELS: dict[RiskName, tuple[float, bool, str]] = {
 _TAKEN = ("base", "frontier", "policies", "logs", "psacpo.yaml", "psacpo.json")
 
 
+def _split(value: object) -> object:
+    """A line of words or numbers with commas, as the command line has it, as a list; "none" is an empty one."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip() not in ("", "none")]
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
+
+
 class Lora(Strict):
-    """The adapter that each stage trains, in PEFT's words."""
+    """The adapter that each stage trains, in PEFT's words.
+
+    Attributes:
+        use_rslora: Scale by alpha / sqrt(r) in the place of alpha / r, for large r (arXiv 2312.03732).
+        use_dora: Train each weight's magnitude by itself (arXiv 2402.09353). Such adapters merge as checkpoints only.
+    """
 
     r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class Truncation(Strict):
+    """What is done with rows that are longer than `max_length`, in TRL's words.
+
+    Attributes:
+        prompt: Where it has to give way: the part of it that is kept, or whether the row is dropped or refused.
+            `keep_start` cuts off the template's own end too, which says that the assistant is next.
+        answer: The same of answers that are too long even so. Of these only the start makes sense to keep.
+    """
+
+    prompt: Literal["keep_end", "keep_start", "drop", "error"] = "keep_end"
+    answer: Literal["keep_start", "drop", "error"] = "keep_start"
 
 
 class Stage(Strict):
@@ -55,13 +105,16 @@ class Stage(Strict):
         data: Preference rows, or a Hugging Face dataset directory or hub id.
         start: "base", or the name of an earlier stage; None is the stage before, and base for the first.
         beta: KL weight; None takes the run's beta for a stage that starts at base and beta/lambda for a later one.
-        learning_rate: The highest of the schedule, which runs over all steps even if a margin ends them early.
+        learning_rate: The highest of the schedule, which runs over all steps even if a margin ends them early. None is
+            LEARNING_RATES of the run's tuning.
         batch_size: Pairs per optimiser step and process; `gradient_accumulation` splits no step, it adds to it.
         max_steps: Optimiser steps; wins over `epochs`.
         stop_margin: In nats. The stage ends once the smoothed mean of log-ratio(chosen) - log-ratio(rejected)
             reaches it. The smoothing is an exponential moving average over steps with weight `stop_smoothing` on
             the past, corrected for its start at 0.
-        columns: What the data call the prompt, chosen and rejected columns, where they call them otherwise.
+        columns: What the data call TRL's columns, and those of LOSS_COLUMNS, where they call them otherwise.
+        preset: The public collection whose rows the data are: `presets.PRESETS`.
+        duplicates: What becomes of rows that are equal to one before, as tokens; they are counted in any case.
         label_smoothing: `cdpo`: the share of pairs taken to be the wrong way round.
         alpha: `tdpo2`, `radpo2`: weight of the difference of the two answers' risks.
         risk: `radpo1`, `radpo2`: the measure of the policy's drift from its reference at each token.
@@ -79,7 +132,7 @@ class Stage(Strict):
     loss: LossName = "dpo"
     start: str | None = None
     beta: float | None = Field(None, gt=0)
-    learning_rate: float = Field(1e-5, gt=0, le=1)
+    learning_rate: float | None = Field(None, gt=0, le=1)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     batch_size: int = Field(8, ge=1)
@@ -91,7 +144,10 @@ class Stage(Strict):
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    columns: dict[Literal["prompt", "chosen", "rejected"], str] = Field(default_factory=dict)
+    columns: dict[Column, str] = Field(default_factory=dict)
+    preset: str | None = None
+    truncation: Truncation = Truncation()
+    duplicates: Literal["keep", "drop"] = "keep"
     label_smoothing: float = Field(0.1, ge=0, lt=0.5)
     alpha: float = Field(0.5, ge=0)
     risk: RiskName = "cvar"
@@ -111,6 +167,22 @@ class Stage(Strict):
                 f"stage name '{self.name}' is not a plain directory name, or is taken: {', '.join(_TAKEN)}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_data(self) -> Stage:
+        if self.preset is not None:
+            preset(self.preset)
+            if self.columns:
+                raise ValueError(f"the preset {self.preset} knows its columns; allowed: preset or columns, not both")
+        for loss, names in LOSS_COLUMNS.items():
+            if self.loss != loss and set(names) & set(self.columns):
+                raise ValueError(f"columns name {' and '.join(names)}, which only {loss} reads; allowed: loss {loss}")
+        return self
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Columns that the loss needs of pairs besides their answers."""
+        return LOSS_COLUMNS.get(self.loss, ())
 
     @model_validator(mode="after")
     def _fits_loss(self) -> Stage:
@@ -135,44 +207,146 @@ class Stage(Strict):
 
 
 class AlignConfig(Strict):
-    """A whole alignment: base model, adapter shape, stages in order, and where the adapters go."""
+    """A whole alignment: base model, adapter shape, stages in order, and where the adapters go.
+
+    Attributes:
+        order: The stages' names in the order to train them; None is the order of `stages`. Stages with a `start` of
+            their own need not be named and then come last.
+        naive, lambdas: Further stages for comparison: `runs`.
+        tuning: `lora` leaves an adapter a stage; `full` trains all weights and leaves whole models.
+        quantization: Of the frozen base under an adapter (QLoRA, arXiv 2305.14314).
+        report_to: Trackers by transformers' names.
+        save_steps: Optimiser steps between two checkpoints, from which a killed stage goes on; 0 for none.
+        evaluation_prompts: Rows with a column prompt: data that ask the same are counted and warned of. It decides
+            nothing, so it is no part of what is written down as settings.
+    """
 
     base: str
+    # Before the stages, whose learning rates depend on it.
+    tuning: Tuning = "lora"
     stages: list[Stage] = Field(min_length=1)
     out: Path
     template: str | None = None
     lora: Lora = Lora()
+    quantization: Literal["4bit"] | None = None
     beta: float = Field(0.1, gt=0)
     lambda_: float = Field(10.0, gt=0, alias="lambda")
     max_length: int = Field(512, ge=8)
     dtype: Dtype = "float32"
     device: str = "auto"
     gradient_checkpointing: bool = False
-    report_to: str = "none"
+    report_to: Names = ()
+    save_steps: int = Field(100, ge=0)
     seed: int = Field(0, ge=0)
     overwrite: bool = False
+    order: Names | None = None
+    naive: bool = False
+    lambdas: Numbers = ()
+    evaluation_prompts: Path | None = Field(None, exclude=True)
+
+    @field_validator("stages")
+    @classmethod
+    def _learning_rates(cls, stages: list[Stage], info: ValidationInfo) -> list[Stage]:
+        rate = LEARNING_RATES[info.data.get("tuning", "lora")]
+        return [s if s.learning_rate else s.model_copy(update={"learning_rate": rate}) for s in stages]
 
     @model_validator(mode="after")
     def _stages_fit(self) -> AlignConfig:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two stages are called '{name}'")
+        if self.order is not None:
+            free = [stage.name for stage in self.stages if stage.start is None]
+            given = list(self.order)
+            if len(set(given)) < len(given) or set(given) - set(names) or set(free) - set(given):
+                raise ValueError(f"order is {', '.join(given)}; allowed: each of {', '.join(free or names)} once")
+        if self.tuning == "full" and self.quantization is not None:
+            raise ValueError("quantization is of a base that is not trained; allowed: null with tuning full")
+        if any(value <= 0 for value in self.lambdas):
+            raise ValueError(f"lambdas are {', '.join(f'{value:g}' for value in self.lambdas)}; allowed: above 0")
         seen: list[str] = []
-        for stage in self.stages:
+        for stage in self.runs:
             if stage.name in seen:
-                raise ValueError(f"two stages are called '{stage.name}'")
+                raise ValueError(f"stage '{stage.name}' is what naive or lambdas call one of theirs; rename it")
             if stage.start is not None and stage.start not in ("base", *seen):
                 allowed = ", ".join(["base", *seen])
                 raise ValueError(f"stage '{stage.name}' starts at '{stage.start}'; allowed: {allowed}")
             seen.append(stage.name)
+        if self.lambdas and not self._later:
+            raise ValueError("lambdas need a stage that starts at another one; there is none")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")
         return self
 
+    @property
+    def chain(self) -> list[Stage]:
+        """The recipe's own stages in the order in which they are trained."""
+        if self.order is None:
+            return self.stages
+        named = {stage.name: stage for stage in self.stages}
+        return [named[name] for name in self.order] + [s for s in self.stages if s.name not in self.order]
+
+    @property
+    def runs(self) -> list[Stage]:
+        """All stages to train: the chain, then what `lambdas` and `naive` add to it.
+
+        `lambdas` trains the first stage of the chain that starts at another one once more for each lambda, from the
+        same start, as NAME-lambdaL with KL weight beta/L; the lambda that the stage itself has is not done twice.
+        `naive` trains every stage that starts at another one once more from the base, as NAME-naive with the same KL
+        weight: the independent policies that rewarded soups merge.
+        """
+        later = self._later
+        swept = later[:1] if self.lambdas else []
+        found = list(self.chain)
+        for stage in swept:
+            for weight in dict.fromkeys(self.lambdas):
+                if math.isclose(self.beta / weight, self.beta_of(stage)):
+                    continue
+                name = f"{stage.name}-lambda{weight:g}"
+                changes = {"name": name, "start": self.start_of(stage), "beta": self.beta / weight}
+                found.append(stage.model_copy(update=changes))
+        for stage in later if self.naive else []:
+            changes = {"name": f"{stage.name}-naive", "start": "base", "beta": self.beta_of(stage)}
+            found.append(stage.model_copy(update=changes))
+        return found
+
+    @property
+    def _later(self) -> list[Stage]:
+        return [stage for stage in self.chain if self.start_of(stage) != "base"]
+
     def start_of(self, stage: Stage) -> str:
         """ "base", or the name of the stage that `stage` starts from and has as its reference."""
-        index = self.stages.index(stage)
-        return stage.start or (self.stages[index - 1].name if index else "base")
+        if stage.start is not None:
+            return stage.start
+        index = self.chain.index(stage)
+        return self.chain[index - 1].name if index else "base"
+
+    def learning_rate_of(self, stage: Stage) -> float:
+        """The stage's own learning rate, or the default of the run's tuning."""
+        return stage.learning_rate or LEARNING_RATES[self.tuning]
 
     def beta_of(self, stage: Stage) -> float:
         """The stage's KL weight: its own, or beta at base, or beta/lambda after another stage (SACPO Theorem 1)."""
         if stage.beta is not None:
             return stage.beta
         return self.beta if self.start_of(stage) == "base" else self.beta / self.lambda_
+
+
+# What users turn first; a recipe that is left for them says these even where they are the defaults.
+_TURNED = ("base", "beta", "lambda", "lora", "max_length", "stages", "seed")
+_TURNED_OF_STAGE = ("name", "data", "loss", "learning_rate", "batch_size")
+
+
+def spelled_out(config: AlignConfig) -> dict[str, Any]:
+    """The settings as a recipe, without `out`: what users turn, and whatever else is not a default."""
+    whole = config.model_dump(by_alias=True, mode="json")
+    other = config.model_dump(by_alias=True, mode="json", exclude_defaults=True)
+    found = {name: whole[name] for name in dict.fromkeys((*_TURNED, *other)) if name not in ("out", "overwrite")}
+    found["stages"] = []
+    for stage in config.stages:
+        settings = stage.model_dump(by_alias=True, mode="json")
+        more = stage.model_dump(by_alias=True, mode="json", exclude_defaults=True)
+        length = "epochs" if stage.max_steps is None else "max_steps"
+        found["stages"].append({name: settings[name] for name in dict.fromkeys((*_TURNED_OF_STAGE, length, *more))})
+    return found

@@ -1,18 +1,21 @@
-"""Preference rows: TRL's formats, checked row by row and brought to one shape."""
+"""Preference rows: TRL's formats and public collections', checked row by row and brought to one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from psacpo.align.presets import preset, recognised
 from psacpo.errors import InputError, unknown_name
 from psacpo.files import digest, digest_directory, digest_file
 from psacpo.prompting import Prompt
 from psacpo.rows import read_rows
 
-COLUMNS = ("prompt", "chosen", "rejected")
+PAIRED = ("prompt", "chosen", "rejected")
+UNPAIRED = ("prompt", "completion", "label")
 Messages: TypeAlias = list[dict[str, str]]
 
 
@@ -23,47 +26,173 @@ class Preference:
     Attributes:
         row: The row's number in its source, from 1.
         prompt: A string, or messages that end before the assistant's turn.
+        margin: By how much, where the loss asks: see `losses.modpo`.
+        safe: Whether the chosen and the rejected answer are safe, where the loss asks.
     """
 
     row: int
     prompt: Prompt
     chosen: str
     rejected: str
+    margin: float = 0.0
+    safe: tuple[bool, bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer to a prompt, desirable or not by itself: TRL's unpaired preference.
+
+    Attributes:
+        row: The row's number in its source, from 1.
+        prompt: A string, or messages that end before the assistant's turn.
+    """
+
+    row: int
+    prompt: Prompt
+    completion: str
+    label: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """All rows of one source, and the digest of its content."""
+    """All rows of one source, and the digest of its content.
+
+    Attributes:
+        preset: By which its rows were read.
+        dropped: Rows that the preset leaves out, by the reason.
+    """
 
     source: str
     rows: list[Preference]
     digest: str
+    preset: str | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
-def read_preferences(source: str, columns: Mapping[Any, str]) -> Preferences:
-    """Preference rows in TRL's format from whatever `psacpo.rows` reads.
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """All unpaired rows of one source: see `Preferences`."""
+
+    source: str
+    rows: list[Answer]
+    digest: str
+    preset: str | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def read_data(
+    source: str, columns: Mapping[Any, str], preset_name: str | None = None, wanted: Sequence[str] = ()
+) -> Preferences | Answers:
+    """Paired or unpaired rows in TRL's formats from whatever `psacpo.rows` reads, as the first row has it.
 
     Each row holds strings, or lists of `{"role", "content"}` messages. With messages, `chosen` and `rejected` may
     begin with the prompt, which then need not have a column of its own. Messages' other keys are not looked at.
 
     Args:
-        columns: Which of the source's columns is the `prompt`, `chosen` and `rejected`, where it has another name.
+        columns: Which of the source's columns is the `prompt`, `chosen`, … , where it has another name.
+        preset_name: The collection whose rows these are. Without one, rows that are not TRL's are read by the preset
+            that has their columns, where that is one alone.
+        wanted: Columns that pairs need besides: `margin`, `chosen_safe`, `rejected_safe`.
 
     Raises:
         InputError: The source cannot be read, has no rows or not the columns, or a row is not a preference.
     """
     records = read_rows(source)
-    names = {column: columns.get(column, column) for column in COLUMNS}
+    if preset_name is None and not columns:
+        preset_name = _preset_of(records[0], source)
+    dropped: Counter[str] = Counter()
+    numbered: list[tuple[int, Mapping[str, Any]]] = list(enumerate(records, start=1))
+    if preset_name is not None:
+        numbered = _made(records, preset_name, source, dropped)
+        if not numbered:
+            raise InputError(f"{source} leaves nothing to train on: {_listed(dropped)}")
+    content = _digest_of(source, records)
+    if _is_unpaired(numbered[0][1], columns):
+        names = {column: columns.get(column, column) for column in UNPAIRED}
+        answers = [_answer(record, names, number, f"{source} row {number}") for number, record in numbered]
+        return Answers(source, answers, content, preset_name, dict(dropped))
+    names = {column: columns.get(column, column) for column in (*PAIRED, *wanted)}
     rows = [
         _preference(record, names, number, named="prompt" in columns, where=f"{source} row {number}")
-        for number, record in enumerate(records, start=1)
+        for number, record in numbered
     ]
+    return Preferences(source, rows, content, preset_name, dict(dropped))
+
+
+def read_preferences(source: str, columns: Mapping[Any, str]) -> Preferences:
+    """Paired rows: `read_data` where nothing else will do."""
+    found = read_data(source, columns)
+    if isinstance(found, Answers):
+        raise InputError(f"{source} holds single answers with a label", allowed="rows with chosen and rejected answers")
+    return found
+
+
+def _preset_of(record: Mapping[str, Any], source: str) -> str | None:
+    """The one preset that reads rows like this one, which TRL's formats do not cover; None where they do."""
+    paired = {"chosen", "rejected"} <= set(record) and ("prompt" in record or isinstance(record["chosen"], list))
+    if paired or {"completion", "label"} & set(record):
+        return None
+    fitting = recognised(record)
+    if len(fitting) > 1:
+        raise InputError(f"the rows of {source} fit several presets", allowed=f"preset: {' or '.join(fitting)}")
+    return fitting[0] if fitting else None
+
+
+def _made(
+    records: Sequence[Mapping[str, Any]], name: str, source: str, dropped: Counter[str]
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """TRL's rows out of a collection's, each with the number of the row that it comes from."""
+    make = preset(name).make
+    found: list[tuple[int, Mapping[str, Any]]] = []
+    for number, record in enumerate(records, start=1):
+        try:
+            made = make(record)
+        except InputError as error:
+            raise InputError(f"{source} row {number} is none of {name}: {error}") from error
+        if isinstance(made, str):
+            dropped[made] += 1
+        else:
+            found += [(number, row) for row in made]
+    return found
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def _digest_of(source: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Of the file or directory; of what the hub gave, by its rows."""
     path = Path(source)
     if path.is_file():
-        content = digest_file(path)
-    else:
-        content = digest_directory(path) if path.is_dir() else digest([asdict(row) for row in rows])
-    return Preferences(source, rows, content)
+        return digest_file(path)
+    return (
+        digest_directory(path) if path.is_dir() else digest([{str(k): repr(v) for k, v in r.items()} for r in records])
+    )
+
+
+def _is_unpaired(record: Mapping[str, Any], columns: Mapping[Any, str]) -> bool:
+    """Whether a source is one of single answers, by its first row and the columns that the user named."""
+    if {"completion", "label"} & set(columns):
+        return True
+    if {"chosen", "rejected"} & set(columns) or {"chosen", "rejected"} & set(record):
+        return False
+    return bool({"completion", "label"} & set(record))
+
+
+def _answer(record: Mapping[str, Any], names: Mapping[str, str], number: int, where: str) -> Answer:
+    for name in names.values():
+        if name not in record:
+            raise InputError(f"{where}: {unknown_name('column', name, map(str, record))}")
+    prompt, completion = (_text_or_messages(record[names[column]], names[column], where) for column in UNPAIRED[:2])
+    for column, value in (("prompt", prompt), ("completion", completion)):
+        if value is None:
+            raise _wrong_type(names[column], None, where)
+    assert prompt is not None
+    assert completion is not None
+    _require_open(prompt, where)
+    if isinstance(completion, list):
+        completion = _only_message(completion, names["completion"], where)
+    return Answer(number, prompt, completion, _truth(record[names["label"]], names["label"], where))
 
 
 def _preference(
@@ -74,7 +203,7 @@ def _preference(
         held = column == "prompt" and not named and isinstance(record.get(names["chosen"]), list)
         if name not in record and not held:
             raise InputError(f"{where}: {unknown_name('column', name, map(str, record))}")
-    prompt, chosen, rejected = (_text_or_messages(record.get(name), name, where) for name in names.values())
+    prompt, chosen, rejected = (_text_or_messages(record.get(names[column]), names[column], where) for column in PAIRED)
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, chosen, rejected = _conversation(prompt, chosen, rejected, where)
     elif chosen is None or rejected is None:
@@ -83,9 +212,33 @@ def _preference(
         raise InputError(f"{where}: one answer is a string, the other a list", allowed="both strings or both messages")
     elif prompt is None:
         raise _wrong_type(names["prompt"], None, where)
+    _require_open(prompt, where)
+    margin = _number(record[names["margin"]], names["margin"], where) if "margin" in names else 0.0
+    flags = [names[column] for column in ("chosen_safe", "rejected_safe") if column in names]
+    safe = [_truth(record[name], name, where) for name in flags]
+    return Preference(number, prompt, chosen, rejected, margin, (safe[0], safe[1]) if safe else None)
+
+
+def _require_open(prompt: str | Messages, where: str) -> None:
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise InputError(f"{where}: the prompt ends with the assistant's message", allowed="it ends with the user's")
-    return Preference(number, prompt, chosen, rejected)
+
+
+def _number(value: object, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise InputError(f"{where}: '{name}' is wrong", given=_shown(value), allowed="a finite number")
+    return float(value)
+
+
+def _truth(value: object, name: str, where: str) -> bool:
+    """True or false; tables write them as 1 and 0."""
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise InputError(f"{where}: '{name}' is wrong", given=_shown(value), allowed="true or false")
+    return bool(value)
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)[:40]
 
 
 def _text_or_messages(value: object, name: str, where: str) -> str | Messages | None:
@@ -125,10 +278,14 @@ def _conversation(
         raise InputError(
             f"{where} has no prompt", allowed="a prompt column, or answers that begin with the same messages"
         )
-    for name, messages in (("chosen", chosen[shared:]), ("rejected", rejected[shared:])):
-        roles = [message["role"] for message in messages]
-        if roles != ["assistant"]:
-            raise InputError(
-                f"{where}: the {name} answer is not one message of the assistant", given=", ".join(roles) or "nothing"
-            )
-    return prompt, chosen[-1]["content"], rejected[-1]["content"]
+    return prompt, _only_message(chosen[shared:], "chosen", where), _only_message(rejected[shared:], "rejected", where)
+
+
+def _only_message(messages: Messages, name: str, where: str) -> str:
+    """The text of an answer that is one message of the assistant."""
+    roles = [message["role"] for message in messages]
+    if roles != ["assistant"]:
+        raise InputError(
+            f"{where}: the {name} answer is not one message of the assistant", given=", ".join(roles) or "nothing"
+        )
+    return messages[-1]["content"]

@@ -6,15 +6,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from psacpo import hub
+from psacpo.align.checks import require_causal, require_finite, require_trainable
 from psacpo.align.config import Dtype, Lora
 from psacpo.align.lora import add_in_place
 from psacpo.align.losses import all_finite
@@ -62,15 +63,21 @@ def load_tokenizer(base: Base) -> Any:
     return tokenizer
 
 
-def check_fits(base: Base, lora: Lora, *, longest: int, largest_id: int) -> int:
+def require_language_model(base: Base) -> None:
+    """Refuse a classifier, such as a judge, by its config.json."""
+    require_causal(getattr(_load_config(base), "architectures", None), base.name)
+
+
+def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) -> int:
     """Refuse adapter shapes, lengths and token ids that the base does not have, before any weight is loaded.
 
     Args:
+        lora: None trains all weights.
         longest: Tokens of the longest training sequence.
         largest_id: The largest token id in the training data.
 
     Returns:
-        How many bytes the adapter will have, in float32.
+        How many parameters a stage leaves.
     """
     config = _load_config(base)
     make: Any = AutoModelForCausalLM.from_config
@@ -80,7 +87,7 @@ def check_fits(base: Base, lora: Lora, *, longest: int, largest_id: int) -> int:
     except ValueError as error:
         raise InputError(f"{base.name} is not a causal language model: {_first(error)}") from error
     shapes = {name: _shape(module) for name, module in model.named_modules() if _is_linear(module)}
-    if isinstance(lora.target_modules, list):
+    if lora is not None and isinstance(lora.target_modules, list):
         names = {name.rsplit(".", 1)[-1] for name in shapes}
         for target in lora.target_modules:
             if not any(_is_target(name, target) for name in shapes):
@@ -96,7 +103,9 @@ def check_fits(base: Base, lora: Lora, *, longest: int, largest_id: int) -> int:
             f"the tokenizer of {base.name} gives token id {largest_id}",
             allowed=f"ids below {vocabulary}, the vocabulary",
         )
-    return 4 * lora.r * sum(sum(shape) for shape in shapes.values())
+    if lora is None:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return lora.r * sum(sum(shape) for shape in shapes.values())
 
 
 def _load_config(base: Base) -> Any:
@@ -123,22 +132,56 @@ def _is_target(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def load_policy(base: Base, lora: Lora, dtype: Dtype, start: Path | None, *, gradient_checkpointing: bool) -> Any:
+def load_causal(base: Base, dtype: Dtype, **options: Any) -> Any:
+    """The causal language model in a directory, in evaluation order and without its cache.
+
+    Raises:
+        InputError: The weights lack some of a causal language model's, or have another shape than config.json says.
+    """
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, loading = load(base.path, dtype=DTYPES[dtype], output_loading_info=True, **options)
+    except RuntimeError as error:
+        raise InputError(f"cannot load the weights of {base.name}: {_first(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills the gaps with random numbers: a reward model would get a random head.
+        raise InputError(f"the weights of {base.name} are not a causal language model's: {missing[0]} is missing")
+    model.config.use_cache = False
+    return model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations a second time in the backward pass in the place of keeping them."""
+    # The second name is transformers' own for releases before 5.19.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def load_policy(
+    base: Base,
+    lora: Lora,
+    dtype: Dtype,
+    start: Path | None,
+    *,
+    gradient_checkpointing: bool,
+    quantization: Literal["4bit"] | None = None,
+) -> Any:
     """The base in `dtype`, frozen and without dropout, under a trainable LoRA adapter in float32.
 
     Args:
         start: An adapter directory whose weights to go on from; None makes a fresh adapter, which changes nothing
             until it is trained (B = 0). Its A is drawn from torch's global generator.
+        quantization: Of the base's linear layers; needs bitsandbytes and a CUDA device.
 
     Raises:
-        InputError: The base's weights lack some of a causal language model's.
+        InputError: The base's weights lack some of a causal language model's or are not finite, the start is an adapter
+            of another base, or nothing would be trained.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=DTYPES[dtype], output_loading_info=True)
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        # transformers fills the gaps with random numbers: a reward model would get a random head.
-        raise InputError(f"the weights of {base.name} are not a causal language model's: {missing[0]} is missing")
-    model.config.use_cache = False
+    model = load_causal(base, dtype, **_quantised(quantization, dtype))
+    require_finite(model, base.name)
+    if quantization is not None:
+        # Norms in float32, as QLoRA has it. Recomputing activations is what the settings say.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
     disable_dropout(model)
     if start is None:
         targets = lora.target_modules
@@ -148,21 +191,47 @@ def load_policy(base: Base, lora: Lora, dtype: Dtype, start: Path | None, *, gra
             lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             task_type="CAUSAL_LM",
         )
         policy: Any = get_peft_model(model, config)
     else:
-        policy = PeftModel.from_pretrained(model, start, is_trainable=True, torch_device="cpu")
+        try:
+            policy = PeftModel.from_pretrained(model, start, is_trainable=True, torch_device="cpu")
+        except RuntimeError as error:
+            raise InputError(
+                f"the start adapter {start} does not fit {base.name}: {_mismatch(error)}",
+                allowed="an adapter on this base, with this vocabulary",
+            ) from error
+    require_trainable(policy, base.name)
     policy.peft_config["default"].base_model_name_or_path = base.name
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     add_in_place(policy)
     if gradient_checkpointing:
-        # The second name is transformers' own for releases before 5.19.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return policy
+
+
+def _quantised(name: Literal["4bit"] | None, dtype: Dtype) -> dict[str, Any]:
+    """What `from_pretrained` takes for a quantised base: QLoRA's own settings."""
+    if name is None:
+        return {}
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {"quantization_config": settings, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+
+
+def _mismatch(error: Exception) -> str:
+    """What torch says of the first tensor that does not fit."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, overload
 
-from psacpo.align.data import Preferences
+from psacpo.align.config import Truncation
+from psacpo.align.counting import Asked, repeats
+from psacpo.align.data import Answer, Answers, Preference, Preferences
+from psacpo.align.truncation import truncate
 from psacpo.errors import InputError
 from psacpo.files import digest
 from psacpo.prompting import Prompt, encode_completion, encode_prompt
@@ -158,160 +161,201 @@ def require_margins(stage: str, loss: str, pairs: Sequence[Pair]) -> None:
         )
 
 
+Encoded = TypeVar("Encoded", "Pair", "Labelled")
+
+
 @dataclass(frozen=True, slots=True)
-class Pairs:
-    """The pairs that training uses, and what became of the rows.
+class Pairs(Generic[Encoded]):
+    """What training uses, pairs or single answers with a label, and what became of the rows.
 
     Attributes:
         counts: Rows `read`; of these dropped as `empty` (an answer without text) or `identical` (two answers with
-            equal tokens after cutting); `used` for training; of these `truncated`.
+            equal tokens after cutting); `used` for training; of these `truncated`. Of what is odd, where there is any:
+            dropped as `too_long`, as `repeated`, as `unsafe` (both answers, `losses.safedpo`) or by a preset for its own
+            reasons; used and `truncated_prompts`, `truncated_answers` (answers, not rows), `duplicates`, `contradictory`,
+            `overlap` (with the evaluation's prompts), `swapped` (`losses.safedpo`). Of single answers, `desirable`.
+        reasons: Those of the counts that say why rows were dropped.
     """
 
     source: str
-    pairs: list[Pair]
+    pairs: list[Encoded]
     counts: dict[str, int]
+    reasons: tuple[str, ...] = ("empty", "identical", "too_long", "unsafe", "repeated")
 
     @property
     def digest(self) -> str:
-        """Digest of all token ids, in order: what training sees, whatever the tokenizer and the template were."""
-        return digest([[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs])
+        """Digest of all that training sees, in order, whatever the tokenizer and the template were."""
+        return digest([_content(one) for one in self.pairs])
 
     def summary(self) -> str:
         """The counts in words, zeros left out."""
-        return _in_words(self.counts)
+        counts = self.counts
+        dropped = [f"{counts[name]} {_words(name)}" for name in self.reasons if counts.get(name)]
+        text = f"{counts['used']} of {counts['read']} rows used"
+        text += f", dropped: {', '.join(dropped)}" if dropped else ""
+        text += f", cut to length: {counts['truncated']}" if counts["truncated"] else ""
+        for name in ("swapped", "duplicates", "contradictory"):
+            text += f", {name}: {counts[name]}" if counts.get(name) else ""
+        return text
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Labelled answers that training uses, and what became of the rows: `Pairs` for `losses.kto` on single answers.
-
-    Attributes:
-        counts: Rows `read`; of these dropped as `empty`; `used`; of these `truncated` and `desirable`.
-    """
-
-    source: str
-    answers: list[Labelled]
-    counts: dict[str, int]
-
-    @property
-    def digest(self) -> str:
-        """Digest of all token ids and labels, in order."""
-        return digest([[one.prompt, one.answers, one.desirable] for one in self.answers])
-
-    def summary(self) -> str:
-        """The counts in words, zeros left out."""
-        return _in_words(self.counts)
+def _content(example: Pair | Labelled) -> list[Any]:
+    if isinstance(example, Pair):
+        return [example.prompt, example.chosen, example.rejected, example.margin]
+    return [example.prompt, example.answers, example.desirable]
 
 
-def _in_words(counts: Mapping[str, int]) -> str:
-    dropped = [f"{counts[name]} {name}" for name in ("empty", "identical") if counts.get(name)]
-    text = f"{counts['used']} of {counts['read']} rows used"
-    text += f", dropped: {', '.join(dropped)}" if dropped else ""
-    return text + (f", cut to length: {counts['truncated']}" if counts["truncated"] else "")
+def _verdict(example: Pair | Labelled) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What the example says, and what its opposite would say."""
+    prompt, answers = tuple(example.prompt), tuple(map(tuple, example.answers))
+    if isinstance(example, Pair):
+        return (prompt, answers), (prompt, answers[::-1])
+    return (prompt, answers, example.desirable), (prompt, answers, tuple(not label for label in example.desirable))
 
 
-class Judged(Protocol):
-    """One answer to a prompt with a label, as text."""
-
-    @property
-    def row(self) -> int: ...
-
-    @property
-    def prompt(self) -> Prompt: ...
-
-    @property
-    def completion(self) -> str: ...
-
-    @property
-    def label(self) -> bool: ...
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
-def encode_answers(
-    source: str, rows: Sequence[Judged], tokenizer: Any, template: str | None, max_length: int
-) -> Answers:
-    """Encode, cut and count rows of single answers.
-
-    Raises:
-        InputError: A row does not go with the template, or no row is left.
-    """
-    found: list[Labelled] = []
-    counts = {"read": len(rows), "empty": 0, "truncated": 0, "used": 0, "desirable": 0}
-    for row in rows:
-        if not row.completion.strip():
-            counts["empty"] += 1
-            continue
-        whole = _encoded(source, row.row, row.prompt, (row.completion,), tokenizer, template)
-        prompt, answer = whole
-        keep_first = prompt[0] == tokenizer.bos_token_id
-        prompt, answer, _ = truncate(prompt, answer, answer, max_length=max_length, keep_first=keep_first)
-        counts["used"] += 1
-        counts["truncated"] += [prompt, answer] != whole
-        counts["desirable"] += row.label
-        found.append(Labelled(row.row, prompt, (answer,), (row.label,)))
-    if not found:
-        raise InputError(f"{source} leaves nothing to train on: {_in_words(counts)}")
-    return Answers(source, found, counts)
+@overload
+def encode_rows(
+    rows: Preferences,
+    tokenizer: Any,
+    template: str | None,
+    max_length: int,
+    *,
+    truncation: Truncation = ...,
+    drop_duplicates: bool = ...,
+    asked: Asked | None = ...,
+) -> Pairs[Pair]: ...
 
 
-def _encoded(
-    source: str, number: int, asked: Prompt, texts: Sequence[str], tokenizer: Any, template: str | None
-) -> list[list[int]]:
-    """Token ids of a prompt and of answers to it."""
-    try:
-        prompt = encode_prompt(tokenizer, asked, template)
-        answers = [encode_completion(tokenizer, asked, text, template) for text in texts]
-    except InputError as error:
-        raise InputError(f"{source} row {number}: {error}") from error
-    if not prompt:
-        raise InputError(f"{source} row {number}: the prompt has no tokens", allowed="at least one token")
-    return [prompt, *answers]
+@overload
+def encode_rows(
+    rows: Answers,
+    tokenizer: Any,
+    template: str | None,
+    max_length: int,
+    *,
+    truncation: Truncation = ...,
+    drop_duplicates: bool = ...,
+    asked: Asked | None = ...,
+) -> Pairs[Labelled]: ...
 
 
-def encode_rows(rows: Preferences, tokenizer: Any, template: str | None, max_length: int) -> Pairs:
+def encode_rows(
+    rows: Preferences | Answers,
+    tokenizer: Any,
+    template: str | None,
+    max_length: int,
+    *,
+    truncation: Truncation = Truncation(),  # noqa: B008  (it is frozen)
+    drop_duplicates: bool = False,
+    asked: Asked | None = None,
+) -> Pairs[Pair] | Pairs[Labelled]:
     """Encode, cut and count the rows of one source.
 
+    Pairs of which it is known whether their answers are safe go through `safe_first`.
+
+    Args:
+        truncation: What is done with rows of more than `max_length` tokens.
+        drop_duplicates: Whether of equal rows the first alone is used.
+        asked: The evaluation's prompts, to count the rows that ask them too.
+
     Raises:
-        InputError: A row does not go with the template, or no row is left.
+        InputError: A row does not go with the template or is too long where that is an error, or no row is left.
     """
-    pairs: list[Pair] = []
-    counts = {"read": len(rows.rows), "empty": 0, "identical": 0, "truncated": 0, "used": 0}
+    dropped = dict.fromkeys(("empty", "identical", "too_long", "unsafe", "repeated", *rows.dropped), 0) | rows.dropped
+    fitted: list[_Fitted] = []
     for row in rows.rows:
-        if not row.chosen.strip() or not row.rejected.strip():
-            counts["empty"] += 1
-            continue
-        prompt, *answers = _encoded(rows.source, row.row, row.prompt, (row.chosen, row.rejected), tokenizer, template)
-        cut = truncate(prompt, *answers, max_length=max_length, keep_first=prompt[0] == tokenizer.bos_token_id)
-        if cut[1] == cut[2]:
-            counts["identical"] += 1
-            continue
-        counts["used"] += 1
-        counts["truncated"] += cut != (prompt, *answers)
-        pairs.append(Pair(row.row, *cut))
-    found = Pairs(rows.source, pairs, counts)
-    if not pairs:
+        made = _fit(rows.source, row, tokenizer, template, max_length, truncation)
+        if isinstance(made, str):
+            dropped[made] += 1
+        else:
+            fitted.append(made)
+    odd = {"swapped": 0}
+    if isinstance(rows, Preferences) and any(row.safe for row in rows.rows):
+        safe = {row.row: row.safe for row in rows.rows if row.safe}
+        ordered = {pair.row: pair for pair in safe_first([one.example for one in fitted], safe, odd)}
+        fitted = [replace(one, example=ordered[one.example.row]) for one in fitted if one.example.row in ordered]
+        dropped["unsafe"] = odd.pop("unsafe")
+    again, contradictory = repeats(_verdict(one.example) for one in fitted)
+    if drop_duplicates:
+        dropped["repeated"] = len(again)
+        fitted = [one for place, one in enumerate(fitted) if place not in again]
+    counts = {
+        "read": len(rows.rows) + sum(rows.dropped.values()),
+        "empty": dropped["empty"],
+        "identical": dropped["identical"],
+        "truncated": sum(one.prompt_cut or one.answers_cut > 0 for one in fitted),
+        "used": len(fitted),
+    }
+    odd |= {
+        "truncated_prompts": sum(one.prompt_cut for one in fitted),
+        "truncated_answers": sum(one.answers_cut for one in fitted),
+        "duplicates": 0 if drop_duplicates else len(again),
+        "contradictory": len(contradictory),
+        "overlap": sum(asked is not None and asked.overlaps(one.asked) for one in fitted),
+    }
+    counts |= {name: count for name, count in (dropped | odd).items() if count}
+    examples: list[Any] = [one.example for one in fitted]
+    if isinstance(rows, Answers):
+        counts["desirable"] = sum(one.desirable[0] for one in examples)
+    found: Pairs[Any] = Pairs(rows.source, examples, counts, tuple(dropped))
+    if not examples:
         raise InputError(f"{rows.source} leaves nothing to train on: {found.summary()}")
     return found
 
 
-def draw(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
-    """`count` pairs drawn without replacement, in their own order; all of them where there are not more."""
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """A row as training sees it, and what was done to it.
+
+    Attributes:
+        asked: The prompt as it was read.
+        answers_cut: How many of the answers lost their end.
+    """
+
+    example: Any
+    asked: Prompt
+    prompt_cut: bool
+    answers_cut: int
+
+
+def _fit(
+    source: str, row: Preference | Answer, tokenizer: Any, template: str | None, max_length: int, truncation: Truncation
+) -> _Fitted | str:
+    """One row encoded and cut to length; or as what it is dropped."""
+    texts = (row.chosen, row.rejected) if isinstance(row, Preference) else (row.completion,)
+    if not all(text.strip() for text in texts):
+        return "empty"
+    try:
+        whole, *answers = _encoded(row.prompt, texts, tokenizer, template)
+        keep_first = whole[0] == tokenizer.bos_token_id
+        fits = truncate(whole, tuple(answers), max_length=max_length, keep_first=keep_first, truncation=truncation)
+    except InputError as error:
+        raise InputError(f"{source} row {row.row}: {error}") from error
+    if fits is None:
+        return "too_long"
+    prompt, parts = fits
+    cut = sum(part != answer for part, answer in zip(parts, answers, strict=True))
+    if isinstance(row, Answer):
+        return _Fitted(Labelled(row.row, prompt, parts, (row.label,)), row.prompt, prompt != whole, cut)
+    if parts[0] == parts[1]:
+        return "identical"
+    return _Fitted(Pair(row.row, prompt, parts[0], parts[1], row.margin), row.prompt, prompt != whole, cut)
+
+
+def _encoded(asked: Prompt, texts: Sequence[str], tokenizer: Any, template: str | None) -> list[list[int]]:
+    """Token ids of a prompt and of answers to it."""
+    prompt = encode_prompt(tokenizer, asked, template)
+    if not prompt:
+        raise InputError("the prompt has no tokens", allowed="at least one token")
+    return [prompt, *(encode_completion(tokenizer, asked, text, template) for text in texts)]
+
+
+def draw(pairs: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
+    """`count` examples drawn without replacement, in their own order; all of them where there are not more."""
     if count >= len(pairs):
         return list(pairs)
     return [pairs[index] for index in sorted(random.Random(seed).sample(range(len(pairs)), count))]
-
-
-def truncate(
-    prompt: list[int], chosen: list[int], rejected: list[int], *, max_length: int, keep_first: bool = False
-) -> tuple[list[int], list[int], list[int]]:
-    """Cut a pair so that neither prompt + chosen nor prompt + rejected has more than `max_length` tokens.
-
-    The prompt gives way first: its end is kept, down to a quarter of `max_length` (SACPO's own 128 of 512). Then the
-    answers lose their ends. Both answers keep the same prompt, and with `keep_first` the prompt keeps its BOS.
-    """
-    longest = max(len(chosen), len(rejected))
-    if len(prompt) + longest > max_length:
-        room = max(max_length - longest, max_length // 4)
-        if len(prompt) > room:
-            prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]] if keep_first else prompt[-room:]
-        chosen, rejected = chosen[: max_length - len(prompt)], rejected[: max_length - len(prompt)]
-    return prompt, chosen, rejected

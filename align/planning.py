@@ -15,13 +15,15 @@ from typing import Any
 import torch
 import transformers
 
+from psacpo import console
 from psacpo.align import model as models
+from psacpo.align.checks import require_assistant_turn, require_quantisation
 from psacpo.align.config import AlignConfig, Stage
-from psacpo.align.data import read_preferences
-from psacpo.align.pairs import Pair, Pairs, draw, encode_rows
+from psacpo.align.objectives import objective_of
+from psacpo.align.pairs import Labelled, Pair, Pairs, draw
+from psacpo.align.reading import read_stages
 from psacpo.errors import InputError, unknown_name
 from psacpo.files import (
-    canonical_json,
     digest,
     digest_model,
     read_manifest,
@@ -49,10 +51,10 @@ class Task:
 
     stage: Stage
     start: Task | None
-    pairs: Pairs
+    pairs: Pairs[Pair] | Pairs[Labelled]
     data_digest: str
     steps: int
-    drawn: list[Pair]
+    drawn: list[Pair] | list[Labelled]
     seed: int
     key: str
     out: Path
@@ -67,15 +69,15 @@ class Prepared:
     device: str
     tokenizer: Any
     tasks: list[Task]
-    adapter_bytes: int
+    stage_bytes: int
 
 
 def plan(config: AlignConfig) -> dict[str, Any]:
     """What `align` would do, after all of its checks: nothing is trained and no directory is made.
 
     Returns:
-        The base, the adapters' bytes, and of each stage its start, KL weight, pairs, tokens of one pass over them,
-        steps, and whether it is done already.
+        The base, the bytes that a stage leaves, and of each stage its start, KL weight, learning rate, pairs, tokens of
+        one pass over them, steps, and whether it is done already.
     """
     with quiet_libraries():
         prepared = prepare(config)
@@ -83,15 +85,16 @@ def plan(config: AlignConfig) -> dict[str, Any]:
             "base": prepared.base.name,
             "out": str(config.out),
             "device": prepared.device,
-            "adapter_bytes": prepared.adapter_bytes,
+            "model_bytes" if config.tuning == "full" else "adapter_bytes": prepared.stage_bytes,
         }
         for task in prepared.tasks:
             name, pairs = task.stage.name, task.drawn
             found |= {
                 f"{name}.start": config.start_of(task.stage),
                 f"{name}.beta": config.beta_of(task.stage),
+                f"{name}.learning_rate": config.learning_rate_of(task.stage),
                 f"{name}.pairs": len(pairs),
-                f"{name}.tokens": sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
+                f"{name}.tokens": sum(len(p.answers) * len(p.prompt) + sum(map(len, p.answers)) for p in pairs),
                 f"{name}.steps": task.steps,
                 f"{name}.state": "done" if is_done(task) else "to train",
             }
@@ -101,19 +104,26 @@ def plan(config: AlignConfig) -> dict[str, Any]:
 def prepare(config: AlignConfig) -> Prepared:
     base = models.find_base(config.base)
     device = resolve_device(config.device)
-    _check_report_to(config.report_to)
+    for name in config.report_to:
+        _check_report_to(name)
+    require_quantisation(config.quantization, device)
+    models.require_language_model(base)
     tokenizer = models.load_tokenizer(base)
+    require_assistant_turn(tokenizer, config.template)
     base_digest = digest_model(base.path)
     tasks = _tasks(config, base_digest, tokenizer)
     pairs = [pair for task in tasks for pair in task.pairs.pairs]
-    adapter_bytes = models.check_fits(
+    whole = config.tuning == "full"
+    parameters = models.check_fits(
         base,
-        config.lora,
+        None if whole else config.lora,
         longest=max(map(len, pairs)),
-        largest_id=max(max(ids) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected)),
+        largest_id=max(max(ids) for pair in pairs for ids in (pair.prompt, *pair.answers)),
     )
-    _check_outputs(config, tasks, adapter_bytes)
-    return Prepared(base, base_digest, device, tokenizer, tasks, adapter_bytes)
+    # Adapters are written as they are trained, in float32.
+    stage_bytes = parameters * models.DTYPES[config.dtype if whole else "float32"].itemsize
+    _check_outputs(config, tasks, stage_bytes)
+    return Prepared(base, base_digest, device, tokenizer, tasks, stage_bytes)
 
 
 def resolve_device(name: str) -> str:
@@ -129,35 +139,37 @@ def _tasks(config: AlignConfig, base_digest: str, tokenizer: Any) -> list[Task]:
     """Read and encode the data of all stages, and say what each will do."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     tasks: dict[str, Task] = {}
-    read: dict[tuple[str, str], tuple[str, Pairs]] = {}
-    for stage in config.stages:
-        # Two stages may share their data, as a stage and its naive counterpart do.
-        source = stage.data, canonical_json(stage.columns)
-        if source not in read:
-            rows = read_preferences(stage.data, stage.columns)
-            read[source] = rows.digest, encode_rows(rows, tokenizer, config.template, config.max_length)
-        data_digest, pairs = read[source]
+    reading = read_stages(config, tokenizer)
+    if os.environ.get("RANK", "0") == "0":
+        for note in reading.notes:
+            console.say(note)
+    for stage in config.runs:
+        data = reading.data[stage.name]
+        pairs = data.pairs
         start = tasks.get(config.start_of(stage))
         seed = int(digest([config.seed, stage.name])[:8], 16)
         per_batch = stage.batch_size * processes
         steps = stage.max_steps or total_steps(len(pairs.pairs), per_batch, stage.gradient_accumulation, stage.epochs)
-        drawn = draw(pairs.pairs, steps * stage.gradient_accumulation * per_batch, seed)
+        drawn: Any = draw(pairs.pairs, steps * stage.gradient_accumulation * per_batch, seed)
+        # Rows that the loss cannot learn from are refused here, before any stage trains.
+        objective_of(drawn, stage, config.beta_of(stage), seed)
         resolved = resolved_settings(config, stage)
-        # Where base and data lie, and how a column is called, is told by the digests of what was read.
-        decides = {name: value for name, value in resolved.items() if name not in ("base", "data", "columns", "device")}
+        # Where base and data lie, and how the data were read, is told by the digests of what was read.
+        told = ("base", "data", "columns", "preset", "truncation", "duplicates", "device")
+        decides = {name: value for name, value in resolved.items() if name not in told}
         key = digest(
             {
                 "revision": REVISION,
                 "base": base_digest,
                 "start": start.key if start else None,
-                "data": data_digest,
+                "data": data.digest,
                 "pairs": pairs.digest,
                 "settings": decides,
                 "seed": seed,
                 "processes": processes,
             }
         )
-        task = Task(stage, start, pairs, data_digest, steps, drawn, seed, key, config.out / stage.name)
+        task = Task(stage, start, pairs, data.digest, steps, drawn, seed, key, config.out / stage.name)
         tasks[stage.name] = task
     return list(tasks.values())
 
@@ -170,18 +182,25 @@ def total_steps(pairs: int, per_batch: int, accumulation: int, epochs: float) ->
 def resolved_settings(config: AlignConfig, stage: Stage) -> dict[str, Any]:
     """The stage's settings with nothing left open, as psacpo.json shows them."""
     shared = ("base", "template", "max_length", "dtype", "device", "gradient_checkpointing", "seed")
-    resolved = {"start": config.start_of(stage), "beta": config.beta_of(stage), "lora": config.lora.model_dump()}
+    resolved = {
+        "start": config.start_of(stage),
+        "beta": config.beta_of(stage),
+        "learning_rate": config.learning_rate_of(stage),
+        "tuning": config.tuning,
+        "lora": config.lora.model_dump() if config.tuning == "lora" else None,
+        "quantization": config.quantization,
+    }
     return stage.model_dump(mode="json") | resolved | {name: getattr(config, name) for name in shared}
 
 
-def _check_outputs(config: AlignConfig, tasks: list[Task], adapter_bytes: int) -> None:
+def _check_outputs(config: AlignConfig, tasks: list[Task], stage_bytes: int) -> None:
     """Refuse what would stop a stage later: a directory in the way, no right or no space to write."""
     require_apart(config.out, [Path(config.base)] if Path(config.base).is_dir() else [])
     todo = [task for task in tasks if (read_manifest(task.out) or {}).get("key") != task.key]
     for task in todo:
         require_free(task, config)
     if todo:
-        require_free_space(config.out, adapter_bytes * len(todo))
+        require_free_space(config.out, stage_bytes * len(todo))
         _require_writable(config.out)
 
 
@@ -223,8 +242,6 @@ def is_done(task: Task) -> bool:
 
 def _check_report_to(name: str) -> None:
     """Refuse a tracker that transformers does not know or that is not installed."""
-    if name == "none":
-        return
     from transformers.integrations import integration_utils
 
     trackers: Any = integration_utils

@@ -104,7 +104,7 @@ class Scorer:
         with self.start.active():
             self.route, why = choose_route(score, dtype, obstacle)
         if self.start.passing:
-            self._score_all()
+            self.score_all()
         head = self.base.get_output_embeddings()
         if isinstance(head, torch.nn.Linear) and any(parameter.requires_grad for parameter in head.parameters()):
             bias = None if head.bias is None else head.bias.detach().clone()
@@ -216,7 +216,7 @@ class Scorer:
                 with self.accelerator.autocast():
                     self.reference[:, batch["index"]] = self.log_probs(self.model, batch)
 
-    def _score_all(self, size: int = 8) -> None:
+    def score_all(self, size: int = 8) -> None:
         """Score all pairs, in equally many batches on every process."""
         order = self.deal(range(len(self.pairs)), [len(self.pairs)])[0]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index

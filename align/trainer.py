@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,19 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from psacpo import console
+from psacpo.align.checkpoints import Checkpoints
 from psacpo.align.config import Stage
 from psacpo.align.forward import Route
 from psacpo.align.losses import all_finite, smoothed
-from psacpo.align.objectives import Pairwise, objective_of
-from psacpo.align.pairs import Labelled, Pair
+from psacpo.align.objectives import Pairwise, Risky, objective_of
+from psacpo.align.pairs import Example, Labelled, Pair
+from psacpo.align.reference import Start
 from psacpo.align.scoring import Scorer
 from psacpo.errors import InputError
 
 Metrics = dict[str, float | int | None]
+# Keeps a batch whose loss is not finite, given with its losses, the step and the records before it; says where.
+Keep = Callable[[Sequence[Example], Sequence[float], int, Sequence[Metrics]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ class PairTrainer(Trainer):
         beta: float,
         fresh: bool,
         pad_id: int,
+        precompute: bool = False,
+        checkpoints: Checkpoints | None = None,
+        keep: Keep | None = None,
     ) -> None:
         """
         Args:
@@ -76,10 +83,19 @@ class PairTrainer(Trainer):
             arguments: With `max_steps` set; every step must be logged.
             fresh: Whether the adapter is untrained, so that the reference is the base itself.
             pad_id: The token id that padding holds; it is masked everywhere.
+            precompute: Whether to score all pairs before the first step, so that no copy of the start is kept. A loss
+                that needs the start's distributions keeps one all the same.
+            checkpoints: Where to put them, as often as the arguments say, and what to go on from.
+            keep: What to do with a batch whose loss is not finite.
 
         Raises:
             InputError: The stage's loss cannot learn from such rows.
         """
+        self.checkpoints, self.keep, self.precompute = checkpoints, keep, precompute
+        # What a checkpoint that is gone on from knew, and the weights that the stage began with.
+        self.resumed: dict[str, Tensor] | None = None
+        self.began: list[Tensor] | None = None
+        self.restored = True
         self.pairs = pairs
         self.stage = stage
         self.objective: Pairwise = objective_of(pairs, stage, beta, arguments.data_seed or arguments.seed)
@@ -111,7 +127,7 @@ class PairTrainer(Trainer):
             InputError: The loss is not finite; the step and its rows are named.
         """
         with self.bars:
-            self.train()
+            self.train(resume_from_checkpoint=self.take_up())
         stopped_by = "stop_margin" if self.reached else "epochs" if self.stage.max_steps is None else "max_steps"
         state = self.accelerator.get_state_dict(self.model_wrapped)
         known = self.scorer.reference[0, : len(self.pairs)].isfinite().int()
@@ -122,7 +138,9 @@ class PairTrainer(Trainer):
         """Look at the model once it is wrapped and on its device, before the first step."""
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         try:
-            why = self.scorer.begin(self.model_wrapped, half or self.scorer.base.dtype)
+            with self.as_begun():
+                why = self.scorer.begin(self.model_wrapped, half or self.scorer.base.dtype)
+                self.know()
         except FloatingPointError as error:
             raise InputError(
                 f"stage '{self.stage.name}': the model gives {error} before it is trained",
@@ -132,6 +150,78 @@ class PairTrainer(Trainer):
         if why and self.accelerator.is_main_process:
             console.say(f"{self.stage.name}: {why}")
         self.advance = self.bars.enter_context(console.progress(self.stage.name, self.args.max_steps))
+        self.advance(len(self.metrics))
+
+    def know(self) -> None:
+        """Take over what a checkpoint knew of the start, and score the rest where that is to be known beforehand."""
+        if self.resumed is not None:
+            self.scorer.reference.copy_(self.resumed.pop("reference"))
+            self.scorer.states |= _unflattened(self.resumed, self.args.device)
+        if self.precompute and not isinstance(self.objective, Risky) and self.scorer.independent:
+            self.scorer.start = Start(self.model, fresh=False, keep=False)
+            self.scorer.score_all()
+
+    def take_up(self) -> str | None:
+        """Where to go on from, with this trainer's own part of it taken; None begins anew."""
+        found = self.checkpoints.latest() if self.checkpoints else None
+        if self.checkpoints is None or found is None:
+            return None
+        place, progress = found
+        self.metrics, self.restored = progress["metrics"], False
+        self.average, self.smooth, self.margins = (progress[name] for name in ("average", "smooth", "margins"))
+        self.resumed = self.checkpoints.read_tensors(place, self.accelerator.process_index)
+        if self.accelerator.is_main_process:
+            console.say(f"{self.stage.name}: goes on after step {len(self.metrics)}")
+        return str(place)
+
+    @contextlib.contextmanager
+    def as_begun(self) -> Iterator[None]:
+        """Inside, the policy has the weights that the stage began with, where those were replaced by a checkpoint's."""
+        if self.began is None:
+            yield
+            return
+        parameters = self._trained()
+        now = [parameter.detach().clone() for parameter in parameters]
+        _fill(parameters, self.began)
+        try:
+            yield
+        finally:
+            _fill(parameters, now)
+            self.began = None
+
+    def _trained(self) -> list[Tensor]:
+        policy: Any = self.model
+        return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.scorer.fresh:
+            self.began = [parameter.detach().clone() for parameter in self._trained()]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators once: before whatever a step draws, where the Trainer does it after `get_batch_samples`."""
+        if not self.restored:
+            self.restored = True
+            super()._load_rng_state(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; `output_dir` is for what trackers write."""
+        return super()._get_output_dir(trial) if self.checkpoints is None else str(self.checkpoints.place)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, and beside it the records, averages and what the scorer knows of the start."""
+        step = self.state.global_step
+        # What is about to be written whole needs none. Of sharded weights, the start could not be put back.
+        if self.checkpoints is None or self.reached or step >= self.args.max_steps or not self.scorer.independent:
+            return
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        tensors = {"reference": self.scorer.reference} | _flattened(self.scorer.states)
+        self.checkpoints.write_tensors(step, self.accelerator.process_index, tensors)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            averages = {"average": self.average, "smooth": self.smooth, "margins": self.margins}
+            self.checkpoints.finish(step, {"metrics": self.metrics} | averages)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of one optimiser step, and how many losses they have on all processes together.
@@ -139,6 +229,8 @@ class PairTrainer(Trainer):
         The pairs of this process are dealt anew by length, and those that no step has held are scored at the start.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.restored and self.checkpoints is not None:
+            self._load_rng_state(str(self.checkpoints.at(self.state.global_step)))
         indices = [index for batch in batches for index in batch["index"].tolist()]
         dealt = self.scorer.deal(indices, [len(batch["index"]) for batch in batches])
         referred = self.objective.referred(dealt)
@@ -177,11 +269,15 @@ class PairTrainer(Trainer):
 
     def refuse(self, losses: Tensor, index: Tensor) -> None:
         """Say where the loss ceased to be a number."""
+        step = self.state.global_step + 1
         bad = sorted(self.pairs[i].row for i in index[~torch.isfinite(losses)].tolist())
         some = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        where = ""
+        if self.keep is not None:
+            examples = [self.pairs[i] for i in index.tolist()]
+            where = f"; the batch is in {self.keep(examples, losses.tolist(), step, self.metrics)}"
         raise InputError(
-            f"stage '{self.stage.name}' step {self.state.global_step + 1}: the loss is not finite for rows {some} of "
-            f"{self.stage.data}",
+            f"stage '{self.stage.name}' step {step}: the loss is not finite for rows {some} of {self.stage.data}{where}",
             allowed="a lower learning_rate, or dtype float32",
         )
 
@@ -211,8 +307,7 @@ class PairTrainer(Trainer):
             "grad_norm": logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None,
         }
         self.metrics.append(record)
-        kl = f" kl {shown['kl']:.2f}" if shown.get("kl") is not None else ""
-        self.advance(1, note=f"loss {loss:.3f} margin {self.smooth if margin is None else margin:.2f}{kl}")
+        self.advance(1, note=note(record))
         if self.stage.stop_margin is not None and self.margins and self.smooth >= self.stage.stop_margin:
             self.reached = self.control.should_training_stop = True
         if self.args.report_to:
@@ -221,6 +316,32 @@ class PairTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the count is of no use here and walks all parameters every step."""
         return 0
+
+
+def note(record: Metrics) -> str:
+    """A step's record for a progress bar: loss, accuracy, margin in nats, and KL and risk where the loss has them."""
+    names = {"loss": "loss", "accuracy": "acc", "margin_smoothed": "margin", "kl": "kl", "risk": "risk"}
+    known = [(word, record.get(name)) for name, word in names.items()]
+    return " ".join(f"{word} {value:.3g}" for word, value in known if value is not None)
+
+
+def _fill(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _flattened(states: dict[int, tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The scorer's kept states under names: the example's place, the answer's slot."""
+    return {f"{place}.{slot}": part for place, parts in states.items() for slot, part in enumerate(parts)}
+
+
+def _unflattened(tensors: dict[str, Tensor], device: Any) -> dict[int, tuple[Tensor, ...]]:
+    found: dict[int, dict[int, Tensor]] = {}
+    for name, part in tensors.items():
+        place, slot = map(int, name.split("."))
+        found.setdefault(place, {})[slot] = part.to(device)
+    return {place: tuple(parts[slot] for slot in sorted(parts)) for place, parts in found.items()}
 
 
 class _Beginning(TrainerCallback):

@@ -161,6 +161,90 @@ def test_align_leaves_a_recipe_that_works_where_it_lies(tmp_path: Path) -> None:
     assert (tmp_path / "psacpo.yaml").read_bytes() == before
 
 
+def test_paths_beside_the_recipe_are_relative_and_others_absolute(tmp_path: Path) -> None:
+    source = project(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "h.jsonl").touch()
+    config = source.align(out=tmp_path / "one")
+    config.out.mkdir(parents=True)
+    source.leave(config)
+    said = yaml.safe_load((config.out / "psacpo.yaml").read_text())
+    assert said["base"] == "../model"
+    assert said["stages"][0]["data"] == "../data/h.jsonl"
+    assert Project.find(config.out).merge(ratios=[0.5]).base == str(tmp_path / "model")
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    source.leave(source.align(out=deep))
+    assert yaml.safe_load((deep / "psacpo.yaml").read_text())["base"] == str(tmp_path / "model")
+
+
+def test_what_flags_say_is_remembered_where_the_recipe_lacks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shlex
+
+    home = tmp_path / "project"
+    home.mkdir()
+    for name in ("model", "my judge"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "p.jsonl").touch()
+    (home / "psacpo.yaml").write_text("base: ../model  # mine\nratios: [0, 1]")
+    monkeypatch.chdir(home)
+    flags: dict[str, Any] = {
+        "prompts": Path("../p.jsonl"),
+        "judges": {
+            name: {"kind": "scalar", "model": "../my judge", "better": better}
+            for name, better in (("reward", "higher"), ("cost", "lower"))
+        },
+        "constraints": ["unsafe_rate<=0.05"],
+        "ratios": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "samples": 2,
+        "vllm": {"max_num_seqs": 64},
+    }
+    found = Project.find(None)
+    config = found.frontier(**flags)
+    assert shlex.split(config.command) == [
+        *("psacpo", "frontier", "--reward-model", "../my judge", "--cost-model", "../my judge"),
+        *("--prompts", "../p.jsonl", "--samples", "2", "--ratio", "0:1:0.25", "--constraint", "unsafe_rate<=0.05"),
+        *("--engine-set", "vllm.max_num_seqs=64"),
+    ]
+    said = found.remember(config)
+    assert said is not None
+    assert "psacpo.yaml now says prompts, judges, constraints" in said
+    text = (home / "psacpo.yaml").read_text()
+    assert text.startswith("base: ../model  # mine\nratios: [0, 1]\n\n# From the flags")
+    again = Project.find(None).frontier()
+    assert (again.prompts, again.judges, again.constraints) == (config.prompts, config.judges, config.constraints)
+    # A flag that is meant for once changes nothing, and what the file says stays.
+    assert (again.samples, again.ratios) == (1, [0.0, 1.0])
+    later = Project.find(None)
+    assert later.remember(later.frontier(constraints=["cost<=3"])) is None
+    assert (home / "psacpo.yaml").read_text() == text
+    # From elsewhere the same command is told as it works in the project's directory.
+    monkeypatch.chdir(tmp_path)
+    typed = Project.find(Path("project")).frontier(prompts=Path("p.jsonl"), out=Path("project/run2"), seed=3)
+    assert typed.command == "psacpo frontier --prompts ../p.jsonl --out run2 --seed 3"
+
+
+def test_a_recipe_that_cannot_be_added_to_gets_the_lines_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "p.jsonl").touch()
+    home = tmp_path / "psacpo.yaml"
+    home.write_text("{base: model}\n")
+    found = Project.find(home)
+    said = found.remember(found.frontier(prompts=tmp_path / "p.jsonl", judges=RECIPE["judges"]))
+    assert said is not None
+    assert "add to" in said
+    assert "prompts: p.jsonl" in said
+    assert home.read_text() == "{base: model}\n"
+    # A recipe of another name is no project's.
+    other = home.rename(tmp_path / "recipe.yaml")
+    found = Project.find(other)
+    config = found.frontier(prompts=tmp_path / "p.jsonl", judges=RECIPE["judges"])
+    assert found.remember(config) is None
+    assert config.command.startswith("psacpo frontier recipe.yaml --reward-model")
+
+
 def test_ratios_from_text() -> None:
     assert parse_ratios(["0.3"]) == [0.3]
     assert parse_ratios(["0:1:0.25"]) == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -103,7 +103,9 @@ def by_definition(trainer: PairTrainer, policy: Any, start: dict[tuple[Any, ...]
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory, rows: Any, write_rows: Any) -> Path:
-    path: Path = write_rows(tmp_path_factory.mktemp("five") / "rows.jsonl", rows(5))
+    # The last three columns are read by modpo and safedpo only; the test gives margins of its own.
+    known = {"margin": 1.0, "chosen_safe": True, "rejected_safe": False}
+    path: Path = write_rows(tmp_path_factory.mktemp("five") / "rows.jsonl", [row | known for row in rows(5)])
     return path
 
 

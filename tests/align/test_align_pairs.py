@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from psacpo.align.data import Preference, Preferences, read_preferences
-from psacpo.align.pairs import Labelled, Pair, draw, encode_answers, encode_rows, truncate
+from psacpo.align.data import Answer, Answers, Preference, Preferences, read_preferences
+from psacpo.align.pairs import Labelled, Pair, draw, encode_rows
 from psacpo.errors import InputError
 
 RAW = "USER: {prompt} ASSISTANT:"
@@ -54,7 +53,8 @@ def test_counts(tiny_llama: Path) -> None:
     )
     found = encode_rows(given, tokenizer, None, 32)
     # The last row's answers differ only behind the cut.
-    assert found.counts == {"read": 6, "empty": 2, "identical": 2, "truncated": 1, "used": 2}
+    counts = {"read": 6, "empty": 2, "identical": 2, "truncated": 1, "used": 2}
+    assert found.counts == counts | {"truncated_prompts": 1}
     assert found.summary() == "2 of 6 rows used, dropped: 2 empty, 2 identical, cut to length: 1"
     assert [pair.row for pair in found.pairs] == [1, 5]
     assert all(len(pair) <= 32 for pair in found.pairs)
@@ -62,31 +62,66 @@ def test_counts(tiny_llama: Path) -> None:
     assert tokenizer.decode(found.pairs[1].prompt).endswith("bread <|assistant|>")
 
 
-@dataclass(frozen=True)
-class Row:
-    row: int
-    prompt: Any
-    completion: str
-    label: bool
-
-
 def test_single_answers(tiny_llama: Path) -> None:
     """The same tokens as in a pair; what is empty or cut is counted."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     long = "bread " * 40
-    rows = [Row(1, "how", "help", True), Row(2, "how", " ", True), Row(3, long, "sorry", False)]
-    found = encode_answers("rows", rows, tokenizer, None, 32)
+    rows = [Answer(1, "how", "help", True), Answer(2, "how", " ", True), Answer(3, long, "sorry", False)]
+    found = encode_rows(Answers("rows", rows, "0"), tokenizer, None, 32)
     pair, other = encode_rows(preferences(("how", "help", "x"), (long, "sorry", "y")), tokenizer, None, 32).pairs
-    assert found.answers == [
+    assert found.pairs == [
         Labelled(1, pair.prompt, (pair.chosen,), (True,)),
         Labelled(3, other.prompt, (other.chosen,), (False,)),
     ]
-    assert found.counts == {"read": 3, "empty": 1, "truncated": 1, "used": 2, "desirable": 1}
+    counts = {"read": 3, "empty": 1, "identical": 0, "truncated": 1, "used": 2}
+    assert found.counts == counts | {"truncated_prompts": 1, "desirable": 1}
     assert found.summary() == "2 of 3 rows used, dropped: 1 empty, cut to length: 1"
-    flipped = encode_answers("rows", [Row(1, "how", "help", False), rows[2]], tokenizer, None, 32)
+    flipped = encode_rows(Answers("rows", [Answer(1, "how", "help", False), rows[2]], "0"), tokenizer, None, 32)
     assert flipped.digest != found.digest
     with pytest.raises(InputError, match="nothing to train on: 0 of 1 rows used, dropped: 1 empty"):
-        encode_answers("rows", rows[1:2], tokenizer, None, 32)
+        encode_rows(Answers("rows", rows[1:2], "0"), tokenizer, None, 32)
+
+
+def test_repeated_rows(tiny_llama: Path) -> None:
+    """Counted and kept; or the first alone is. Those that say the opposite are kept either way."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    long = "bread " * 40
+    given = preferences(
+        ("how", "a", "b"), ("how", "a", "b"), ("how", "b", "a"), (long, "a", "b"), (long, "a", "b"), ("bake", "a", "b")
+    )
+    kept = encode_rows(given, tokenizer, None, 32)
+    counts = {"read": 6, "empty": 0, "identical": 0, "truncated": 2, "used": 6}
+    assert kept.counts == counts | {"truncated_prompts": 2, "duplicates": 2, "contradictory": 1}
+    assert kept.summary() == "6 of 6 rows used, cut to length: 2, duplicates: 2, contradictory: 1"
+    found = encode_rows(given, tokenizer, None, 32, drop_duplicates=True)
+    counts = {"read": 6, "empty": 0, "identical": 0, "truncated": 1, "used": 4}
+    assert found.counts == counts | {"truncated_prompts": 1, "repeated": 2, "contradictory": 1}
+    assert [pair.row for pair in found.pairs] == [1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("template", [None, RAW, f"<s>{RAW}", "chat without BOS", "chat without EOS"])
+def test_one_bos_and_one_eos(template: str | None, tiny_llama: Path) -> None:
+    """Whoever writes them: the tokenizer by itself, the template, or neither."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # As Llama's tokenizers do, and as some do at the end too.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    if template and template.startswith("chat"):
+        left_out = "{{ bos_token }}" if template.endswith("BOS") else "</s>"
+        assert left_out in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(left_out, "")
+        template = None
+        begins = left_out == "</s>"
+    else:
+        begins = True
+    [pair] = encode_rows(preferences(("how", "help", "sorry")), tokenizer, template, 64).pairs
+    assert (pair.prompt.count(bos), pair.prompt[0] == bos, eos in pair.prompt) == (int(begins), begins, False)
+    for answer in pair.answers:
+        assert (answer.count(eos), answer[-1], bos in answer) == (1, eos, False)
 
 
 def test_nothing_left(tiny_llama: Path) -> None:
@@ -100,17 +135,6 @@ def test_row_that_does_not_fit_the_template(tiny_llama: Path) -> None:
     talk = [{"role": role, "content": "how"} for role in ("user", "assistant", "user")]
     with pytest.raises(InputError, match="rows row 2: a raw template takes one string"):
         encode_rows(preferences(("how", "a", "b"), (talk, "a", "b")), tokenizer, RAW, 32)
-
-
-def test_truncate() -> None:
-    prompt, answer = list(range(10)), list(range(100, 108))
-    assert truncate(prompt, answer, [1], max_length=18) == (prompt, answer, [1])
-    # The prompt gives way first, from its front, for both answers alike.
-    assert truncate(prompt, answer, [1], max_length=12) == ([6, 7, 8, 9], answer, [1])
-    assert truncate(prompt, answer, [1], max_length=12, keep_first=True) == ([0, 7, 8, 9], answer, [1])
-    # A quarter of the length stays the prompt's; then answers lose their ends.
-    assert truncate(prompt, answer, [1], max_length=8) == ([8, 9], answer[:6], [1])
-    assert truncate([7], answer, [1, 2, 3, 4, 5, 6, 7, 8], max_length=8) == ([7], answer[:7], [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_draw() -> None:

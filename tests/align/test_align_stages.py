@@ -441,7 +441,7 @@ def test_bad_input(
         ("holds no weights", {"base": without(tiny_llama, tmp_path / "w", "model.safetensors")}, [nothing]),
         ("holds no tokenizer", {"base": without(tiny_llama, tmp_path / "t", "tokenizer.json")}, [nothing]),
         ("has no chat template", {"base": tiny_llama_raw}, [nothing]),
-        ("lm_head.weight is missing", {"base": tiny_judge}, [nothing]),
+        ("is a LlamaForSequenceClassification", {"base": tiny_judge}, [nothing]),
         # The data of the last stage are read before the first stage is trained.
         (f"no file or directory at {gone}", {}, [nothing, {"data": gone}]),
         ("unknown column 'rejected'", {}, [nothing, {"data": half}]),
