@@ -87,23 +87,38 @@ def demo(
 def align(
     recipe: RecipeArgument = None,
     base: BaseOption = None,
-    reward_data: Annotated[str | None, typer.Option("--reward-data", help="Preference rows for helpfulness.")] = None,
-    safety_data: Annotated[str | None, typer.Option("--safety-data", help="Preference rows for safety.")] = None,
+    reward_data: Annotated[
+        str | None, typer.Option("--reward-data", metavar="FILE", help="Preference rows for helpfulness.")
+    ] = None,
+    safety_data: Annotated[
+        str | None, typer.Option("--safety-data", metavar="FILE", help="Preference rows for safety.")
+    ] = None,
     template: TemplateOption = None,
-    beta: Annotated[float | None, typer.Option("--beta", help="KL weight of the first stage.")] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Stage 2 has the KL weight beta/lambda.")] = None,
+    beta: Annotated[
+        float | None, typer.Option("--beta", metavar="NUMBER", help="KL weight of the first stage.")
+    ] = None,
+    lambda_: Annotated[
+        float | None, typer.Option("--lambda", metavar="NUMBER", help="Stage 2 has the KL weight beta/lambda.")
+    ] = None,
     order: Annotated[
-        str | None, typer.Option("--order", help="The stages' names in order, as safety,reward; default: the recipe's.")
+        str | None,
+        typer.Option(
+            "--order", metavar="NAMES", help="The stages' names in order, as safety,reward; default: the recipe's."
+        ),
     ] = None,
     naive: Annotated[
         bool, typer.Option("--naive", help="Also train each later stage from the base, for rewarded soups.")
     ] = False,
     lambdas: Annotated[
-        str | None, typer.Option("--lambdas", help="Also train stage 2 at each of these lambdas, as 1,2,4.")
+        str | None,
+        typer.Option("--lambdas", metavar="NUMBERS", help="Also train stage 2 at each of these lambdas, as 1,2,4."),
     ] = None,
     out: OutOption = None,
     seed: SeedOption = None,
     overwrite: OverwriteOption = False,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Show the data, five examples and what the loss sees; do nothing.")
+    ] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,11 +137,14 @@ def align(
         order=order,
         naive=naive or None,
         lambdas=lambdas,
-        out=out,
+        # An inspection writes nothing, so it need not know where.
+        out=out or (Path() if inspect else None),
         seed=seed,
         overwrite=overwrite or None,
         **{"lambda": lambda_},
     )
+    if inspect:
+        return _show_inspection(config, as_json)
     if dry_run:
         return _print_plan(plan(config), as_json)
     where = job(project, config)
@@ -470,6 +488,19 @@ def _show_run(run: Path, as_json: bool) -> int:
     return 3 if found["choice"]["constraints"] and found["choice"]["ratio"] is None else 0
 
 
+def _show_inspection(config: Any, as_json: bool) -> None:
+    from psacpo.align.display import show
+    from psacpo.align.inspection import inspect
+    from psacpo.console import say
+
+    found = inspect(config)
+    for note in found["notes"]:
+        say(note)
+    if as_json:
+        return _show(found, as_json, [])
+    show(found)
+
+
 def _show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     import json
 
@@ -506,13 +537,19 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C
-            print("psacpo: interrupted; the same command goes on from here", file=sys.stderr)
+            again = "ended" if "serve" in sys.argv[1:2] else "interrupted; the same command goes on from here"
+            print(f"psacpo: {again}", file=sys.stderr)
     except InputError as error:
         code = _fail(str(error))
     except BrokenPipeError:
         # The reader went away (`psacpo ... | head`); nothing is wrong with the result.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        if error.filename is None:
+            raise
+        # Whatever looks at a path may meet these, and the place is all that the user needs to mend them.
+        code = _fail(f"{error.filename2 or error.filename}: {(error.strerror or 'cannot be used').lower()}")
     except Exception as error:
         format_message = getattr(error, "format_message", None)
         if format_message is None:  # a click error is the user's, anything else is ours and shows its trace

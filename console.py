@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+_AT_ONCE = 0.5
 
 # C0 and C1 controls except tab and newline, and the Unicode marks that reorder text on screen.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -30,9 +35,12 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Advance]:
-    """A progress bar on the error stream, shown only on a terminal."""
+    """A progress bar on a terminal's error stream; elsewhere a plain line every `EVERY` seconds.
+
+    A log of an hour's work is not silent, and holds no bars.
+    """
     if not sys.stderr.isatty():
-        yield lambda step=1, note="": None
+        yield _Lines(label, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -51,3 +59,54 @@ def progress(label: str, total: float) -> Iterator[Advance]:
             bar.update(task, advance=step, note=note)
 
         yield advance
+
+
+class _Lines:
+    """Progress in lines, such as `generate: 1200 of 3600 (33 %) after 12:05, about 24:10 left`."""
+
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.total = label, total
+        self.done, self.found = 0.0, 0.0
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, step: float = 1, *, note: str = "") -> None:
+        now = time.monotonic()
+        self.done += step
+        if now - self.started < _AT_ONCE:
+            # What is counted at once was found done, and says nothing about the pace.
+            self.found = self.done
+        if now - self.said < EVERY or self.done >= self.total:
+            return
+        self.said, spent = now, now - self.started
+        count = f"{self.done:g} of {self.total:g} " if max(self.total, self.done) < 1e6 else ""
+        new = self.done - self.found
+        left = f", about {_clock(spent / new * (self.total - self.done))} left" if new > 0 else ""
+        say(
+            f"{self.label}: {count}({self.done / self.total:.0%}) after {_clock(spent)}{left}"
+            + (f"; {note}" if note else "")
+        )
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some: 4:05, 1:00:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """A plan for a person: a name and its value a line, lists and mappings in words, large counts in groups of three."""
+    width = max((len(name) for name in plan), default=0) + 2
+    return [f"{name + ':':<{width}}{_words(value, groups=True)}" for name, value in plan.items()]
+
+
+def _words(value: Any, *, groups: bool = False) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list | tuple | set):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if groups else str(value)
+    return "none" if value is None else str(value)

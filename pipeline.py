@@ -11,7 +11,8 @@ from pathlib import Path
 from psacpo.align.config import AlignConfig
 from psacpo.console import say
 from psacpo.errors import InputError
-from psacpo.files import read_manifest
+from psacpo.evalharness.config import FrontierConfig
+from psacpo.files import read_manifest, readable_io_errors
 from psacpo.recipe import RECIPE, Project
 
 
@@ -42,6 +43,16 @@ def align(project: Project, config: AlignConfig) -> Path:
     return out
 
 
+def frontier(project: Project, config: FrontierConfig) -> Path:
+    """Measure the frontier, and leave in the project's recipe what the flags said that it lacks."""
+    from psacpo.evalharness import frontier as job
+
+    run = job(config)
+    if line := project.remember(config):
+        say(line)
+    return run
+
+
 def run(project: Project, clock: Clock | None = None) -> Path:
     """align, frontier and, if a ratio was chosen, merge at it; finished parts are not done again.
 
@@ -56,6 +67,7 @@ def run(project: Project, clock: Clock | None = None) -> Path:
     # Everything that can be refused is refused before the first stage trains.
     align_config, frontier_config = project.align(), project.frontier()
     check(frontier_config)
+    _require_adapters(align_config, frontier_config)
     with clock("align"):
         align(project, align_config)
     with clock("frontier"):
@@ -68,6 +80,17 @@ def run(project: Project, clock: Clock | None = None) -> Path:
     return measured
 
 
+def _require_adapters(align_config: AlignConfig, frontier_config: FrontierConfig) -> None:
+    """Refuse a sweep over an adapter that is not there and that no stage will make."""
+    trained = {(align_config.out / stage.name).resolve(): stage.name for stage in align_config.runs}
+    for name, path in frontier_config.adapters.items():
+        if path.resolve() not in trained and not path.is_dir():
+            raise InputError(
+                f"adapter '{name}' is to be at {path}, where nothing is and no stage puts one",
+                allowed=f"in adapters, the directory of a stage: {', '.join(trained.values())}",
+            )
+
+
 def demo(out: Path, seed: int) -> Path:
     """The whole main job on the built-in tiny world: data, base and judges are written to `out`, the rest is `run`.
 
@@ -76,7 +99,10 @@ def demo(out: Path, seed: int) -> Path:
     from psacpo.demo import write_project
 
     clock = Clock()
-    manifest = read_manifest(out)
+    if seed < 0:
+        raise InputError("the seed is negative", given=seed, allowed="0 and up")
+    with readable_io_errors(out):
+        manifest = read_manifest(out)
     if manifest is None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} is in use, and not by the demo", allowed="another --out")

@@ -15,6 +15,21 @@ from psacpo.errors import InputError
 from psacpo.merge.config import policy_name
 
 Better = Literal["higher", "lower"]
+# What else a point of frontier.json says; a metric of that name would overwrite it.
+_POINT_KEYS = frozenset(
+    [
+        "ratio",
+        "policy",
+        "name",
+        "n_prompts",
+        "p_on_frontier",
+        "nondominated",
+        "certified",
+        "bounds",
+        "from_previous",
+        "metrics",
+    ]
+)
 EngineName = Literal["auto", "transformers", "vllm", "openai", "ray"]
 
 
@@ -182,7 +197,7 @@ class Constraint(Strict):
         except ValueError:
             limit = math.nan
         if found is None or not math.isfinite(limit):
-            raise ValueError(f"constraint '{value}' cannot be read; allowed: METRIC<=NUMBER or METRIC>=NUMBER")
+            raise ValueError(f"constraint {value!r} cannot be read; allowed: METRIC<=NUMBER or METRIC>=NUMBER")
         return {"metric": found[1], "sense": found[2], "limit": limit}
 
     def __str__(self) -> str:
@@ -200,6 +215,7 @@ class FrontierConfig(Strict):
         engine: Who generates: see docs/engines.md.
         strategy: How vLLM gets the policies: stacked adapters side by side, or merged weights one after another.
         probe: Hold each policy's next-token probabilities against the dense merge's before the sweep.
+        command: What was typed, for the report; "" where the sweep was started from Python.
         resamples: Bootstrap draws over clusters of prompts (field `cluster`, else the prompt's id).
     """
 
@@ -230,6 +246,7 @@ class FrontierConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     allow_code: bool = False
+    command: str = ""
 
     @model_validator(mode="after")
     def _names_fit(self) -> FrontierConfig:
@@ -245,6 +262,9 @@ class FrontierConfig(Strict):
             for name in named:
                 if not re.fullmatch(r"[\w.@+-]{1,64}", name):
                     raise ValueError(f"{kind} name {name!r} is not letters, digits and _ . @ + - (at most 64)")
+        for name in (*self.metrics, *self.judges):
+            if name in _POINT_KEYS:
+                raise ValueError(f"'{name}' cannot name a metric or judge: every point of frontier.json has such a key")
         for name, weights in self.baselines.items():
             if name in map(policy_name, self.ratios):
                 raise ValueError(f"baseline '{name}' has the name of a swept policy")
@@ -259,8 +279,13 @@ class FrontierConfig(Strict):
         if self.audit:
             _known("audit: metric", self.audit.model_dump().values(), names)
         _known("constraint on metric", [constraint.metric for constraint in self.constraints], names)
+        texts = [str(constraint) for constraint in self.constraints]
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"two constraints are the same: {', '.join(texts)}")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")
+        if self.template is not None and any("\ud800" <= letter <= "\udfff" for letter in self.template):
+            raise ValueError("template holds bytes that are no UTF-8, or half a surrogate pair")
         return self
 
     def _default_metrics(self) -> dict[str, Metric]:

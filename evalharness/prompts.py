@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ class PromptRow:
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Prompts from rows with a column `prompt`; `id` (else the row's number) and `cluster` (else the id) are optional.
+    """Prompts from rows with a column `prompt`; `id` (else the row's number) and `cluster` (else the id) are optional;
+    null is as if the column were not there.
 
     Raises:
         InputError: A row has no prompt, an empty one, or another row's id.
@@ -42,12 +44,15 @@ def read_prompts(path: Path) -> list[PromptRow]:
                 given=repr(prompt)[:60],
                 allowed='text, or messages [{"role": "user", "content": "..."}] that do not end with the assistant',
             )
-        name = str(row.get("id", number))
+        # A column that only some rows fill is null, or NaN, in the others.
+        row = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        name = str(number if row.get("id") is None else row["id"])
         if name in seen:
             raise InputError(f"{path} row {number}: the id '{name}' is there twice")
         seen.add(name)
         fields = {key: value for key, value in row.items() if key not in ("id", "prompt", "cluster")}
-        prompts.append(PromptRow(name, prompt, str(row.get("cluster", name)), fields))
+        cluster = name if row.get("cluster") is None else str(row["cluster"])
+        prompts.append(PromptRow(name, prompt, cluster, fields))
     return prompts
 
 
@@ -60,6 +65,7 @@ def _is_prompt(value: object) -> bool:
         and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
         and all(m.get("role") in ("system", "user", "assistant", "tool") for m in value)
         and value[-1]["role"] != "assistant"
+        and bool(value[-1]["content"].strip())
     )
 
 

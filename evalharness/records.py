@@ -98,9 +98,12 @@ class Store:
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run's directory for this process alone."""
-    with readable_io_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
-        handle = (run / ".lock").open("w")
+    try:
+        with readable_io_errors(run):
+            run.mkdir(parents=True, exist_ok=True)
+            handle = (run / ".lock").open("w")
+    except FileNotFoundError as error:
+        raise InputError(f"cannot write {run}: no directory can be made there") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

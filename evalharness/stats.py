@@ -7,6 +7,7 @@ and metric, so that everything derived from a draw (frontier, hypervolume, diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+MOST_ROWS = 1_000_000
+"""More rows than anyone judges: `rows_needed` looks no further."""
 
 
 def bootstrap_weights(clusters: int, draws: int, seed: int) -> Array:
@@ -95,6 +98,42 @@ def upper_bound(weights: Array, sums: Array, counts: Array, *, level: float, rat
     if rate and mean in (0.0, 1.0):
         return (1.0 if mean == 1 else 1 - (1 - level) ** (1 / clusters)), "exact binomial on clusters"
     return float(np.nanquantile(ratio_means(weights, sums, counts), level)), "clustered bootstrap (approximate)"
+
+
+def rows_needed(events: int, rows: int, limit: float, *, level: float) -> int | None:
+    """The fewest rows whose exact upper bound at `level` is at most `limit`, were events as frequent as they are now.
+
+    N rows are taken to hold ceil(N * events / rows) events, and N is the smallest with P(X <= that) <= 1 - level for
+    X binomial(N, limit), at least `rows`. Without any event that is (1 - limit)^N <= 1 - level: the rule of three,
+    N = 3 / limit, in its exact form.
+
+    Returns:
+        N; None where the rate is not below the limit or N would be over `MOST_ROWS`.
+    """
+    if rows < 1 or limit <= 0 or events >= limit * rows:
+        return None
+    if limit >= 1:
+        return rows
+
+    if events == 0:
+        found = max(rows, math.ceil(math.log(1 - level) / math.log1p(-limit)))
+        return found if found <= MOST_ROWS else None
+
+    def enough(count: Array, at: Array) -> Mask:
+        return np.asarray(stats.binom.cdf(count, at, limit) <= 1 - level, dtype=np.bool_)
+
+    # As the count of events steps up by one the bound jumps, and it falls until the next step: so the ends of steps are
+    # looked at first, and then the rows within the first step whose end will do.
+    start, most = events, MOST_ROWS * events // rows
+    while start <= most:
+        steps = np.arange(start, min(2 * start, most + 1), dtype=np.float64)
+        fitting = np.flatnonzero(enough(steps, np.floor(steps * rows / events)))
+        if len(fitting):
+            step = int(steps[fitting[0]])
+            within = np.arange(max(rows, (step - 1) * rows // events + 1), step * rows // events + 1, dtype=np.float64)
+            return int(within[np.flatnonzero(enough(np.full_like(within, step), within))[0]])
+        start *= 2
+    return None
 
 
 def nondominated(points: Array) -> Mask:

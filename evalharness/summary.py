@@ -1,14 +1,17 @@
-"""What a terminal shows of a run: the table of policies and the verdict, 100 columns wide."""
+"""What a terminal shows of a run: the verdict and the table of policies, 100 columns wide."""
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
+
+WIDTH = 100
 
 
 def read_frontier(run: Path) -> dict[str, Any]:
@@ -43,27 +46,40 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def summary_lines(run: Path) -> list[str]:
-    """A table of every policy and baseline with the metrics that matter, then the verdict."""
+    """The verdict, then a table of every policy and baseline with the metrics that matter, no line over `WIDTH`."""
     found = read_frontier(run)
+    choice, counts = found["choice"], found["counts"]
     columns = _columns(found)
-    rows = [["policy", *columns, ""]]
-    chosen = found["choice"]["policy"]
+    rows = [["policy", *columns, "verdict" if choice["constraints"] else ""]]
     for entry in (*found["points"], *found["baselines"]):
         name = entry.get("policy") or entry["name"]
-        marks = ["chosen"] if name == chosen else ["certified"] if entry.get("certified") else []
-        rows.append([name, *(_cell(entry.get(column)) for column in columns), " ".join(marks)])
+        mark = "chosen" if name == choice["policy"] else "certified" if entry.get("certified") else ""
+        rows.append([_short(name), *(_cell(entry.get(column)) for column in columns), mark])
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    choice, counts = found["choice"], found["counts"]
-    verdict = f"chosen ratio: {choice['ratio']}" if choice["ratio"] is not None else "chosen ratio: none"
-    lines += ["", f"{verdict}: {choice['why']}"]
-    lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines.append(
-        f"{counts['generated']} answers to {counts['prompts']} prompts, {counts['truncated']} cut, "
-        f"{counts['invalid']} invalid verdicts; report: {run / 'report.html'}"
-    )
-    return lines
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table.insert(1, "-" * max(map(len, table)))
+    chosen = "none" if choice["ratio"] is None else f"{choice['ratio']:g}"
+    return [
+        *_folded(f"chosen ratio: {chosen}: {choice['why']}"),
+        "",
+        *table,
+        "",
+        *(line for warning in found["warnings"] for line in _folded(f"warning: {warning}")),
+        (
+            f"{counts['generated']} answers to {counts['prompts']} prompts, {counts['truncated']} cut, "
+            f"{counts['invalid']} invalid verdicts"
+        ),
+        f"report: {run / 'report.html'}",
+    ]
+
+
+def _folded(text: str) -> list[str]:
+    """`text` in lines of at most `WIDTH`; a longer word (a path) stays whole, to be copied."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "…"
 
 
 def _columns(found: Mapping[str, Any]) -> list[str]:
@@ -74,10 +90,11 @@ def _columns(found: Mapping[str, Any]) -> list[str]:
     names += [name for name, metric in found["metrics"].items() if metric["above"] is not None]
     names += list(found["metrics"])
     unique = list(dict.fromkeys(names))
-    width, fitting = 14, []
+    policies = [entry.get("policy") or entry["name"] for entry in (*found["points"], *found["baselines"])]
+    width, fitting = max(len(_short(name)) for name in policies) + 2 + len("certified"), []
     for name in unique:
         width += max(len(name), 6) + 2
-        if width > 90:
+        if width > WIDTH:
             break
         fitting.append(name)
     return fitting

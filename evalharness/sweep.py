@@ -20,7 +20,15 @@ from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.prompts import Job, PromptRow, plan_jobs, read_prompts
 from psacpo.evalharness.records import Record, Store, locked, read_records
 from psacpo.evalharness.trace import Score, better, compared_with_base, trace
-from psacpo.files import digest, digest_file, read_manifest, require_apart, write_atomically, write_manifest
+from psacpo.files import (
+    digest,
+    digest_file,
+    read_manifest,
+    readable_io_errors,
+    require_apart,
+    write_atomically,
+    write_manifest,
+)
 from psacpo.hub import load_config, load_tokenizer
 from psacpo.merge import policy_name
 from psacpo.merge.adapters import Adapter, require_compatible
@@ -108,9 +116,11 @@ def plan_summary(config: FrontierConfig) -> dict[str, Any]:
 
 def _require_run_directory(run: Path) -> None:
     """A new or empty directory, or one that a `frontier` of before left."""
-    if run.is_symlink() or (run.exists() and not run.is_dir()):
-        raise InputError(f"output {run} exists and is not a directory")
-    if run.is_dir() and any(path.name != ".lock" for path in run.iterdir()):
+    with readable_io_errors(run):
+        if run.is_symlink() or (run.exists() and not run.is_dir()):
+            raise InputError(f"output {run} exists and is not a directory")
+        used = run.is_dir() and any(path.name != ".lock" for path in run.iterdir())
+    if used:
         manifest = read_manifest(run)
         if manifest is None or manifest.get("kind") != "frontier":
             raise InputError(
@@ -244,7 +254,7 @@ def _write_inputs(config: FrontierConfig, plan: _Plan) -> None:
         {"id": r.id, "prompt": r.prompt, "cluster": r.cluster} | r.fields | {"prompt_ids": ids[r.id]}
         for r in plan.prompts
     ]
-    write_atomically(run / PROMPTS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(run / PROMPTS, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     write_atomically(run / PLAN, json.dumps({"completions": [job.request.key for job in plan.jobs]}) + "\n")
 
 
@@ -479,7 +489,7 @@ def _tail(
         },
         "warnings": warnings,
         "seed": config.seed,
-        "command": "psacpo frontier",
+        "command": config.command,
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from psacpo.evalharness.config import Constraint, FrontierConfig, Metric, RefusalJudge
 from psacpo.evalharness.engines.base import Policy
 from psacpo.evalharness.prompts import PromptRow
+from psacpo.evalharness.shortfall import Test, nearest
 from psacpo.evalharness.stats import (
     Array,
     bootstrap_weights,
@@ -212,19 +213,31 @@ def _choose(
     level = 1 - (1 - config.confidence) / len(config.constraints)
     certified = dict.fromkeys(swept, True)
     methods = set()
+    walks: dict[str, list[tuple[int, Test]]] = {}
     for point in points:
         point["bounds"] = {}
     for constraint in config.constraints:
         metric, cell = metrics[constraint.metric], cells[constraint.metric]
         forward = _starts_at_reward(config, metric)
         order = sorted(range(len(swept)), key=lambda i: points[i]["ratio"], reverse=not forward)
-        passes = []
+        walk = walks[str(constraint)] = []
         for place in order:
             bound, method = _bound(constraint, cell, weights, swept[place], level)
             points[place]["bounds"][str(constraint)] = bound if np.isfinite(bound) else None
             methods.add(method)
-            passes.append(bound <= constraint.limit if constraint.sense == "<=" else bound >= constraint.limit)
-        for place, standing in zip(order, fixed_sequence(passes), strict=True):
+            counts = cell.counts[swept[place]]
+            test = Test(
+                constraint=constraint,
+                mean=points[place][constraint.metric]["mean"],
+                rows=int(counts.sum()),
+                units=int((counts > 0).sum()),
+                bound=bound,
+                level=level,
+                exact=method.startswith("exact"),
+                passed=bool(bound <= constraint.limit if constraint.sense == "<=" else bound >= constraint.limit),
+            )
+            walk.append((place, test))
+        for place, standing in zip(order, fixed_sequence([test.passed for _, test in walk]), strict=True):
             certified[swept[place]] &= standing
     for index, point in zip(swept, points, strict=True):
         point["certified"] = certified[index]
@@ -234,13 +247,17 @@ def _choose(
     sign = 1 if better(config, metrics[reward]) == "higher" else -1
     text = " and ".join(choice["constraints"])
     if not allowed:
+        choice["nearest"] = nearest(walks, points, metrics)
         choice["why"] = (
-            f"no ratio meets {text} with {config.confidence:.0%} confidence on {points[0]['n_prompts']} prompts"
+            f"no ratio meets {text} with {config.confidence:.0%} confidence on {points[0]['n_prompts']} prompts; "
+            + choice["nearest"].pop("why")
         )
         return choice
-    best = max(
-        allowed, key=lambda point: sign * point[reward]["mean"] if point[reward]["mean"] is not None else -np.inf
-    )
+    known = [point for point in allowed if point[reward]["mean"] is not None]
+    if not known:
+        choice["why"] = f"{len(allowed)} of {len(points)} ratios meet {text}, and none of them has a valid {reward}"
+        return choice
+    best = max(known, key=lambda point: sign * point[reward]["mean"])
     bounds = ", ".join(f"{name}: bound {value:.3f}" for name, value in best["bounds"].items())
     choice |= {"ratio": best["ratio"], "policy": best["policy"]}
     choice["why"] = (

@@ -146,7 +146,7 @@ def test_help_is_there_for_all(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert done.stdout.startswith(f"Usage: psacpo {verb}") or "Usage: " in done.stdout
         # Options say what they take in the reader's words, not in Python's.
-        assert not any(name in done.stdout for name in ("<str>", "<int>", "<float>", "list[")) or verb == "align"
+        assert not any(name in done.stdout for name in ("<str>", "<int>", "<float>", "list["))
     bare = psacpo_command(cwd=tmp_path)
     assert bare.returncode == 0
     assert all(verb in bare.stdout for verb in verbs)
@@ -189,6 +189,9 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         (["align", "--reward-data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["align", "--base", "policies", "--out", "x"], ["policies"]),
         (["report", "reward"], ["reward", "frontier.json"]),
+        (["frontier", "--out", "a" * 300], ["cannot write", "too long"]),
+        (["frontier", "--template", "\udcff{prompt}"], ["template holds bytes that are no UTF-8"]),
+        (["demo", "--seed", "-1", "--out", "new"], ["the seed is negative"]),
         (["frobnicate"], ["frobnicate"]),
     ],
 )
@@ -209,6 +212,13 @@ def test_bad_data(project: Path, tmp_path: Path) -> None:
     refused(align('{"prompt": "a", "chosn": "b", "rejected": "c"}\n'), "chosen", "did you mean 'chosn'")
     refused(align('{"prompt": "a"\n'), "line 1")
     assert not (here / "new").exists()
+
+
+def test_run_refuses_an_adapter_that_no_stage_makes(project: Path, tmp_path: Path) -> None:
+    here = copy(project, tmp_path)
+    recipe = yaml.safe_load((here / "psacpo.yaml").read_text())
+    (here / "psacpo.yaml").write_text(yaml.safe_dump(recipe | {"adapters": {"reward": "reward", "safety": "safe"}}))
+    refused(psacpo_command("run", cwd=here), "adapter 'safety' is to be at safe", "a stage: reward, safety")
 
 
 def test_an_adapter_for_another_base(project: Path, make_adapter: Any, tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -234,6 +244,16 @@ def test_no_space(project: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
     refused(done, "no space", "GB needed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_used_is_one_line(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(psacpo_command("demo", "--out", tmp_path / "file" / "x", cwd=tmp_path), "file")
+    here = copy(project, tmp_path)
+    (here / "taken" / "completions.jsonl").mkdir(parents=True)
+    (here / "taken" / "psacpo.json").write_text('{"kind": "frontier"}')
+    done = psacpo_command("frontier", "--out", "taken", cwd=here)
+    refused(done, "taken/completions.jsonl: is a directory")
 
 
 def test_ctrl_c_is_130(project: Path, tmp_path: Path) -> None:

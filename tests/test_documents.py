@@ -80,7 +80,12 @@ def test_readme_commands_on_ones_own_model(tmp_path: Path, tiny_llama: Path, tin
     recipe = tmp_path / "project" / "psacpo.yaml"
     recipe.write_text(recipe.read_text() + "generation: {max_new_tokens: 16}\n")
     run_block(lines[1:], tmp_path)
-    assert (tmp_path / "project" / "frontier" / "report.html").is_file()
+    page = (tmp_path / "project" / "frontier" / "report.html").read_text()
+    assert "psacpo frontier --reward-model ../my-reward --cost-model ../my-cost --prompts ../prompts.jsonl" in page
+    # The same again needs no flags, and finds every answer.
+    again = [sys.executable, "-m", "psacpo.cli", "frontier", "--dry-run", "--json"]
+    planned = json.loads(subprocess.run(again, cwd=tmp_path / "project", capture_output=True, check=True).stdout)
+    assert planned["answers"] == planned["answers found"] == 10 * len(rows)
     assert (tmp_path / "project" / "policy" / "model.safetensors").is_file()
 
 
@@ -97,7 +102,9 @@ def test_the_flag_list_is_the_codes() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == module.render(), "run `make docs`"
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == module.render(), "run `make docs`"
+    assert "..." not in page.split("Commands:\n")[1].split("```")[0], "a command's line is cut at 100 columns"
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/**/psacpo.yaml")), ids=lambda path: path.parent.name)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from psacpo.errors import InputError
 from psacpo.evalharness.config import ScalarJudge
 from psacpo.evalharness.judges.base import Verdict
@@ -82,8 +84,16 @@ class Scalar:
                 given=f"{', '.join(architectures) or 'no architecture'} with {config.num_labels} labels",
                 allowed="a sequence-classification model with one label",
             )
-        if not any(self.path.glob("*.safetensors")):
+        weights = sorted(self.path.glob("*.safetensors"))
+        if not weights:
             raise InputError(f"{self.what} at {self.settings.model} holds no weights (*.safetensors)")
+        for file in weights:
+            # The header alone: a damaged file is told now, and not when all answers are generated.
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{self.what}: {file} is damaged: {error}") from error
         tokenizer = load_tokenizer(self.path, what=self.what)
         if self.settings.template is None:
             require_chat_template(tokenizer)

@@ -35,6 +35,8 @@ _RATES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7A5C00", "#D5
 _RATE_MARKERS = "osD^vPX"
 _BASELINE_MARKERS = "s^Dv*PX"
 _GREY = "#666666"
+# A point that is at least as certain to be on the frontier looks like any other.
+_FAINT = 0.75
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -89,7 +91,7 @@ def _png(frontier: Frontier) -> bytes:
         panel.set_title(title if len(spans) > 1 else "Reward against cost", pad=8)
         jobs.append((panel, _scatter(panel, frontier, span)))
     ends = _rates(panels[-1], frontier, rates) if rates else []
-    _legend(figure, frontier)
+    _legend(figure, frontier, spans)
     # The layout is settled by one drawing; labels are then put by hand, in pixels.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -135,15 +137,12 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
         x, y = policy[span.cost].mean, policy[span.reward].mean
         return None if x is None or y is None else (x, y)
 
-    points = [point for point in frontier.points if at(point)]
-    measured = span == frontier.axes
-    undominated = [p.nondominated is not False for p in points] if measured else _undominated(points, frontier, span)
+    points = _placed(frontier.points, span)
     curve = np.array([at(point) for point in points]).reshape(-1, 2)
     panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
-    for point, filled in zip(points, undominated, strict=True):
+    for point, filled in zip(points, _filled(frontier, span), strict=True):
         _bars(panel, point, span, _POINT)
-        # The file holds the probabilities of the frontier's own axes only.
-        sure = 0.35 + 0.65 * point.p_on_frontier if measured and point.p_on_frontier is not None else 1.0
+        sure = 0.35 + 0.65 * _certainty(frontier, point, span)
         spot = {"marker": "o", "linestyle": "none", "markersize": 8.5, "zorder": 5}
         # A white disc below keeps bars and curve from showing through a faint point.
         panel.plot(*_xy(at(point)), color="white", markeredgewidth=0, **spot)
@@ -162,6 +161,24 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
     panel.set_xlabel(_axis_title(span.cost, frontier.metrics[span.cost].better))
     panel.set_ylabel(_axis_title(span.reward, frontier.metrics[span.reward].better))
     return points + baselines, span
+
+
+def _placed(policies: Sequence[Policy], span: Axes) -> list[Policy]:
+    """The policies that have a place in a panel."""
+    return [p for p in policies if p[span.cost].mean is not None and p[span.reward].mean is not None]
+
+
+def _filled(frontier: Frontier, span: Axes) -> list[bool]:
+    """Whether each point that has a place in a panel is dominated by none: by the file, or for the audit by its means."""
+    points = _placed(frontier.points, span)
+    if span == frontier.axes:
+        return [point.nondominated is not False for point in points]
+    return _undominated(points, frontier, span)
+
+
+def _certainty(frontier: Frontier, point: Policy, span: Axes) -> float:
+    """The probability that a point is on the frontier; the file holds those of the frontier's own axes only."""
+    return point.p_on_frontier if span == frontier.axes and point.p_on_frontier is not None else 1.0
 
 
 def _undominated(points: Sequence[Policy], frontier: Frontier, span: Axes) -> list[bool]:
@@ -345,24 +362,40 @@ def _label_rates(panel: Any, renderer: Any, ends: Sequence[tuple[float, str, str
         )
 
 
-def _legend(figure: Figure, frontier: Frontier) -> None:
+def _legend(figure: Figure, frontier: Frontier, spans: Sequence[Axes]) -> None:
     def spot(**style: Any) -> Line2D:
         plain: dict[str, Any] = {"marker": "o", "markersize": 8, "mec": _POINT, "mew": 1.4, "linestyle": "none"}
         return Line2D([], [], **(plain | style))
 
-    entries = [(spot(mfc=_POINT), "not dominated"), (spot(mfc="none"), "dominated by another ratio")]
-    entries.append((spot(mfc=_POINT, alpha=0.35), "fainter: less likely on the frontier"))
-    if frontier.choice.ratio is not None:
-        entries.append((spot(mfc="none", mec=_CHOSEN, markersize=12, mew=2), "chosen ratio"))
-    if frontier.baselines:
-        entries.append((spot(marker="s", mec="white", mfc=_BASELINE), "baseline"))
+    filled = [mark for span in spans for mark in _filled(frontier, span)]
+    sure = [_certainty(frontier, point, span) for span in spans for point in _placed(frontier.points, span)]
+    policies = [(policy, span) for span in spans for policy in _placed(frontier.policies(), span)]
     confidence = f"{frontier.choice.confidence * 100:g} % interval"
-    entries.append((Line2D([], [], color=_GREY, lw=1), confidence))
+    # Only what is in the picture: a mark that is explained and nowhere to be seen is looked for.
+    entries = [
+        (True in filled, spot(mfc=_POINT), "not dominated"),
+        (False in filled, spot(mfc="none"), "dominated by another ratio"),
+        (min(sure, default=1.0) < _FAINT, spot(mfc=_POINT, alpha=0.35), "fainter: less likely on the frontier"),
+        (
+            any(point is frontier.chosen for point, _ in policies),
+            spot(mfc="none", mec=_CHOSEN, markersize=12, mew=2),
+            "chosen ratio",
+        ),
+        (any(p.ratio is None for p, _ in policies), spot(marker="s", mec="white", mfc=_BASELINE), "baseline"),
+        (
+            any(p[name].low is not None for p, span in policies for name in (span.reward, span.cost)),
+            Line2D([], [], color=_GREY, lw=1),
+            confidence,
+        ),
+    ]
+    shown = [(handle, label) for there, handle, label in entries if there]
+    if not shown:
+        return
     figure.legend(
-        [handle for handle, _ in entries],
-        [label for _, label in entries],
+        [handle for handle, _ in shown],
+        [label for _, label in shown],
         loc="outside lower left",
-        ncols=len(entries),
+        ncols=len(shown),
         fontsize=9,
         handletextpad=0.5,
         columnspacing=1.6,

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -20,6 +20,7 @@ from psacpo.evalharness.report.table import UNDEFINED, Column, columns, ratio_te
 
 MAX_PROMPTS = 200
 MAX_CHARACTERS = 8_000_000  # of completions in the page; browsers open that at once
+MAX_COLUMNS = 7  # metrics side by side in one table of the page, which is then no wider than a laptop's window
 MAX_RAW = 400  # characters of a judge's own words
 
 _COUNTS = {
@@ -57,6 +58,8 @@ def page(run: Run, figure: bytes) -> str:
         limits=_limits(frontier),
         tiles=_tiles(frontier, table),
         table=table,
+        tables=[table[start : start + MAX_COLUMNS] for start in range(0, len(table), MAX_COLUMNS)] or [[]],
+        same_prompts=len({policy.n_prompts for policy in frontier.policies()}) == 1,
         bounds=[(text, constraint_text(constraint)) for text, constraint in frontier.choice.parsed()],
         policies=frontier.policies(),
         best=_is_best,
@@ -234,7 +237,24 @@ def _data(run: Run, shown: Sequence[str]) -> dict[str, Any]:
         for key in shown
     ]
     described = [{"name": n, "better": frontier.judges[n].better, "audit": n in audit} for n in judges]
-    return {"policies": policies, "judges": described, "prompts": prompts}
+    shown_first = next((i for i, p in enumerate(frontier.points) if p is frontier.chosen), len(frontier.points) - 1)
+    changes = [_change(prompt["answers"][: len(frontier.points)], shown_first) for prompt in prompts]
+    first = changes.index(max(changes)) if changes else 0
+    return {"policies": policies, "judges": described, "prompts": prompts, "first": first}
+
+
+def _change(answers: Sequence[Sequence[Mapping[str, Any]]], place: int) -> tuple[bool, int, int]:
+    """How much a prompt's answers change over the ratios, larger first: whether the page's first two differ in safety,
+    how seldom the verdict turns (once is clear, to and fro is chance), and how many different texts there are.
+
+    Args:
+        answers: The answers at each ratio.
+        place: The ratio that the page opens at, beside the lowest.
+    """
+    unsafe = [any(answer["unsafe"] == 1 for answer in found) for found in answers]
+    turns = sum(before != after for before, after in pairwise(unsafe))
+    texts = {tuple(answer["text"] for answer in found) for found in answers}
+    return unsafe[0] and not unsafe[place], -turns if turns else -len(answers), len(texts)
 
 
 def _harm_limits(frontier: Frontier) -> dict[str, float]:

@@ -154,5 +154,9 @@
   get("beside").addEventListener("change", showPair);
   get("all-box").addEventListener("toggle", showAll);
   get("viewer").hidden = false;
+  current = prompts[data.first] || null;
   filter();
+  const list = get("prompts");
+  const first = list.querySelector("[aria-current=true]");
+  if (first) list.scrollTop = first.getBoundingClientRect().top - list.getBoundingClientRect().top - 40;
 })();

@@ -14,10 +14,13 @@ from psacpo.errors import InputError
 from psacpo.evalharness.config import Axes, Better, Constraint
 
 SCHEMA = 1
+_LARGEST = 1e30
 
 
 def _finite(value: Any) -> Any:
-    """NaN and the infinities are undefined values: None."""
+    """NaN and the infinities are undefined values: None. No score is as large as to make a figure overflow."""
+    if isinstance(value, int | float) and abs(value) > _LARGEST and math.isfinite(value):
+        raise ValueError(f"{value:g} is out of range; allowed: -{_LARGEST:g} to {_LARGEST:g}")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -334,6 +334,42 @@ def test_completions_survive_the_trip_into_the_page(make_run: MakeRun) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_page_opens_at_the_prompt_whose_answers_change_most(make_run: MakeRun) -> None:
+    run = make_run()
+    place = {
+        row["key"]: (row["policy"], row["prompt_id"])
+        for row in map(json.loads, (run / "completions.jsonl").read_text(encoding="utf-8").splitlines())
+    }
+    # p3 turns to and fro, p7 once: both are unsafe at q = 0 and safe at the chosen 0.5.
+    unsafe = {("policy@0", "p3"), ("policy@0.25", "p3"), ("policy@0", "p7"), ("policy@0.125", "p7")}
+    verdicts = [json.loads(line) for line in (run / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
+    for verdict in verdicts:
+        if verdict["judge"] == "cost":
+            verdict["score"] = 0.75 if place[verdict["completion"]] in unsafe else -1.5
+    (run / "verdicts.jsonl").write_text(lines(verdicts), encoding="utf-8")
+    data = open_page(run).data
+    assert data["prompts"][data["first"]]["id"] == "p7"
+
+
+@pytest.mark.usefixtures("quick")
+def test_many_metrics_are_more_tables_side_by_side_in_none(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_page(make_run())
+    monkeypatch.setattr(page_module, "MAX_COLUMNS", 3)
+    page = open_page(make_run(name="split"))
+    assert len(page.names("table")) == len(whole.names("table")) + 2
+    for head, numbers in page.rows.items():
+        assert sorted(numbers) == sorted(whole.rows[head])
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_is_shown_and_none_where_there_was_none(make_run: MakeRun) -> None:
+    typed = open_page(make_run(lambda frontier: frontier.update(command="psacpo frontier --samples 4")))
+    assert "psacpo frontier --samples 4" in typed.text
+    python = open_page(make_run(lambda frontier: frontier.update(command=""), name="python"))
+    assert "The measurement was started from Python" in python.text
+
+
+@pytest.mark.usefixtures("quick")
 def test_unsafe_goes_by_the_limit_of_the_metric_on_the_cost_judge(make_run: MakeRun) -> None:
     data = open_page(make_run()).data
     unsafe = {
@@ -552,6 +588,7 @@ def edit(**values: Any) -> Callable[[Path], None]:
         (damage("frontier.json", "[]"), "frontier.json is damaged"),
         (edit(schema=2), "another schema; given: 2; allowed: 1"),
         (edit(points=[]), "points"),
+        (edit(points=[{"ratio": 0.0, "policy": "x", "reward": {"mean": 1e308}}]), "1e+308 is out of range"),
         (edit(choice={"ratio": 0.3}), "the chosen ratio 0.3 is not among the points"),
         (edit(choice={"ratio": None, "constraints": ["unsafe"]}), "constraint 'unsafe' cannot be read"),
         (edit(axes={"reward": "charm", "cost": "cost"}), "the axis 'charm' is not among the metrics"),
@@ -601,6 +638,32 @@ def test_the_figure_rings_the_chosen_point_only() -> None:
     frontier["choice"] |= {"ratio": None, "policy": None}
     assert orange(with_choice) > 1000
     assert orange(draw(frontier)) == 0
+
+
+def test_the_legend_names_what_is_in_the_picture_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    named: list[str] = []
+    monkeypatch.setattr(Figure, "legend", lambda figure, handles, labels, **options: named.extend(labels))
+
+    def labels(frontier: dict[str, Any]) -> list[str]:
+        named.clear()
+        draw(frontier)
+        return list(named)
+
+    frontier = synthetic() | {"audit": None}
+    everything = ["not dominated", "dominated by another ratio", "fainter: less likely on the frontier"]
+    everything += ["chosen ratio", "baseline", "95 % interval"]
+    assert labels(frontier) == everything
+    for point in frontier["points"]:
+        point |= {"nondominated": True, "p_on_frontier": 0.97}
+    assert labels(frontier) == ["not dominated", *everything[3:]]
+    frontier["choice"] |= {"ratio": None, "policy": None}
+    frontier["baselines"] = []
+    for point in frontier["points"]:
+        for name in METRICS:
+            point[name] = {"mean": point[name]["mean"], "low": None, "high": None}
+    assert labels(frontier) == ["not dominated"]
 
 
 @pytest.mark.parametrize("key", ["p_on_frontier", "nondominated"])

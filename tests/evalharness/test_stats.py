@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
@@ -14,6 +17,7 @@ from psacpo.evalharness.stats import (
     hypervolume,
     nondominated,
     ratio_means,
+    rows_needed,
     upper_bound,
 )
 
@@ -133,6 +137,47 @@ def test_upper_bound_of_a_mean_is_one_sided() -> None:
     bound, method = upper_bound(bootstrap_weights(400, 4000, 6), sums, np.ones(400), level=0.95, rate=False)
     assert "approximate" in method
     assert bound == pytest.approx(sums.mean() + 1.645 * sums.std() / 20, abs=0.02)
+
+
+def test_rows_needed_by_hand() -> None:
+    # No event: 0.95^58 = .0510 and 0.95^59 = .0485, so 59; 0.9^28 = .0523 and 0.9^29 = .0471, so 29.
+    assert rows_needed(0, 20, 0.05, level=0.95) == 59
+    assert rows_needed(0, 20, 0.1, level=0.95) == 29
+    # As many are there already.
+    assert rows_needed(0, 80, 0.05, level=0.95) == 80
+    # At or over the limit, or where no share is allowed, no number does.
+    assert rows_needed(1, 20, 0.05, level=0.95) is None
+    assert rows_needed(5, 20, 0.05, level=0.95) is None
+    assert rows_needed(0, 20, 0.0, level=0.95) is None
+    assert rows_needed(4999, 100_000, 0.05, level=0.95) is None
+    assert rows_needed(0, 0, 0.05, level=0.95) is None
+
+
+@pytest.mark.parametrize(
+    ("events", "rows", "limit", "level"),
+    [(1, 40, 0.05, 0.95), (2, 60, 0.1, 0.975), (7, 40, 0.3, 0.9), (1, 3, 0.5, 0.8)],
+)
+def test_rows_needed_is_the_first_that_the_exact_bound_takes(
+    events: int, rows: int, limit: float, level: float
+) -> None:
+    """Against a plain search with the bound of scipy's binomtest."""
+
+    def bound(n: int) -> float:
+        found = scipy_stats.binomtest(-(-n * events // rows), n).proportion_ci(2 * level - 1, method="exact").high
+        return float(found)
+
+    expected = next(n for n in range(rows, 100_000) if bound(n) <= limit)
+    assert rows_needed(events, rows, limit, level=level) == expected
+
+
+def test_the_documents_table_of_prompts_is_the_exact_bounds() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 6
+    for events, *needed in (tuple(map(int, row)) for row in rows):
+        for limit, n in zip((0.05, 0.1), needed, strict=True):
+            found = [scipy_stats.binomtest(events, size).proportion_ci(0.9, method="exact").high for size in (n - 1, n)]
+            assert found[1] <= limit < found[0]
 
 
 def test_fixed_sequence_stops_at_the_first_failure() -> None:

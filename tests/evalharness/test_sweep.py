@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness import frontier
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines.transformers import TransformersEngine
+from psacpo.evalharness.prompts import read_prompts
 from psacpo.evalharness.sweep import plan_summary
 
 MakeConfig = Callable[..., FrontierConfig]
@@ -183,6 +185,17 @@ def test_too_many_invalid_verdicts_end_the_command_and_keep_everything(
     )
 
 
+def test_a_column_that_some_rows_leave_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"id": None, "prompt": "a", "cluster": None, "weight": float("nan")},
+        {"id": "x", "prompt": "b", "cluster": 0},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(path)
+    assert [(row.id, row.cluster, row.fields) for row in found] == [("1", "1", {"weight": None}), ("x", "0", {})]
+
+
 def test_the_plan_is_printed_without_doing_it(make_config: MakeConfig) -> None:
     plan = plan_summary(make_config())
     assert plan["answers"] == 20
@@ -194,8 +207,6 @@ def test_the_plan_is_printed_without_doing_it(make_config: MakeConfig) -> None:
 
 def test_a_policy_without_finite_logits_is_named(make_config: MakeConfig, tiny_llama: Path, tmp_path: Path) -> None:
     """Weights of 1e30 are finite, their products are not: no answer may come of them."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     config = make_config()
@@ -237,6 +248,8 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     blank = tmp_path / "blank.jsonl"
     blank.write_text('{"prompt": " "}\n')
     refused("row 1: prompt is empty", prompts=blank)
+    blank.write_text('{"prompt": [{"role": "user", "content": ""}]}\n')
+    refused("row 1: prompt is empty", prompts=blank)
     refused("no file or directory at", prompts=tmp_path / "nowhere.jsonl")
     refused("adapter for another base", base=str(tiny_qwen2))
     (tmp_path / "hollow").mkdir()
@@ -244,6 +257,17 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     other = make_adapter(tiny_llama_raw, seed=9)
     refused("adapter for another base", adapters={"reward": other, "safety": other})
     refused("over the base's 256 positions", generation={"max_new_tokens": 250})
+    for name in ("ratio", "certified", "bounds"):
+        refused(f"'{name}' cannot name a metric or judge", metrics={name: {"judge": "cost"}})
+    refused("two constraints are the same", constraints=["cost<=1", "cost<=1.0"])
+    damaged = tmp_path / "damaged"
+    shutil.copytree(make_config().judges["cost"].model_dump()["model"], damaged)
+    with (damaged / "model.safetensors").open("r+b") as handle:
+        handle.truncate(5000)
+    refused(
+        "judge 'cost': .*model.safetensors is damaged",
+        judges={name: {"kind": "scalar", "model": str(damaged)} for name in ("cost", "reward")},
+    )
     refused("unknown; allowed: ", constraints=["unsafe<=0.1"])
     refused("cannot be read", constraints=["unsafe_rate<0.1"])
     refused("lies in the input", out=Path(make_config().base) / "run")
