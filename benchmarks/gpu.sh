@@ -86,7 +86,8 @@ fi
 
 failed=0
 bring="; bring wheels in wheels/, see benchmarks/gpu.sh"
-core=$(missing torch transformers peft pydantic yaml)
+# What the sweep imports of psacpo, after the packages whose lack tells more by their own names.
+core=$(missing torch transformers peft pydantic yaml psacpo.merge psacpo.evalharness.engines.transformers)
 core=${core:+$core$bring}
 measure sweep-transformers "$core" sweep.py "${quick[@]}" --device "$device" --engine transformers
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep import VOCABULARY, make_inputs
+from parts.sweep_inputs import VOCABULARY, make_inputs
 
 try:
     import openai

@@ -42,6 +42,11 @@ class Lease:
     path: Path
     _descriptor: int = -1
 
+    @property
+    def lost(self) -> bool:
+        """Whether somebody has removed the entry in spite of the lock, as who clears out a cache directory does."""
+        return self._descriptor >= 0 and not (self.path / _CONFIG).is_file()
+
     def close(self) -> None:
         """Let the entry be removed when room is needed. More than once is no error."""
         if self._descriptor >= 0:
@@ -65,8 +70,6 @@ class PolicyCache:
 
     def __init__(self, root: Path, limit: int, *, patience: float = _PATIENCE) -> None:
         self.root, self.limit, self._patience = root.absolute(), limit, patience
-        with readable_io_errors(root):
-            self.root.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._sweep()
 
@@ -159,6 +162,8 @@ class PolicyCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with readable_io_errors(self.root):
+            # Each time: a running server's cache directory may have been cleared out.
+            self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._wait_for(descriptor)

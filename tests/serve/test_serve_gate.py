@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,6 +297,41 @@ def test_adapters_that_change_under_the_server_are_noticed(plan: Plan) -> None:
     assert status == 503
     assert "has changed since the server started" in answer["error"]["message"]
     assert asyncio.run(ask(gate, body=completion("policy@1")))[0] == 200
+
+
+def test_a_cache_directory_that_is_cleared_out_is_filled_again(plan: Plan) -> None:
+    behind = Behind()
+    gate = Gate(behind, plan, "")
+    names = ["policy@0.37", "policy@0.00"]
+
+    async def twice() -> None:
+        for name in names:
+            assert (await ask(gate, body=completion(name)))[0] == 200
+        shutil.rmtree(plan.cache_dir)
+        for name in [*names, "policy@0.38"]:
+            assert (await ask(gate, body=completion(name)))[0] == 200
+
+    asyncio.run(twice())
+    for name in [*names, "policy@0.38"]:
+        assert (plan.cache_dir / plan.key / name / "adapter_model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_had_is_a_503_and_not_the_end(plan: Plan) -> None:
+    gate = Gate(Behind(), plan, "")
+    shutil.rmtree(plan.cache_dir)
+    plan.cache_dir.write_text("in the way")
+    for name in ("policy@0.37", "policy@1"):
+        status, answer = asyncio.run(ask(gate, body=completion(name)))
+        assert (status, answer["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert "cannot be had now" in answer["error"]["message"]
+
+
+def test_a_body_without_end_is_refused_before_it_fills_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psacpo.serve.gate._LARGEST_BODY", 1 << 20)
+    behind = Behind()
+    status, answer = asyncio.run(ask(Gate(behind, plan, ""), body=completion("base") | {"prompt": "x" * (1 << 20)}))
+    assert (status, behind.seen) == (413, [])
+    assert "larger than 1 MiB" in answer["error"]["message"]
 
 
 def test_the_plan_travels_by_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

