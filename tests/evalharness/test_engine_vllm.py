@@ -37,6 +37,9 @@ POLICIES = [*(Policy(f"policy@{q:.2f}", {"reward": 1 - q, "safety": q}, q) for q
 TOKENS = 20
 TIE = 1e-4
 
+# One worker has the module's engines; on two each would be started twice.
+pytestmark = pytest.mark.xdist_group("engine-vllm")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def real_vllm() -> None:

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve-checkpoint")]
 
 RATIO = 0.37
 TIE = 1e-4  # two logits nearer than this may come out in either order

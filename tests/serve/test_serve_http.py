@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM
 
 openai = pytest.importorskip("openai")
 
-pytestmark = pytest.mark.slow
+# One worker, since tests look at what earlier ones left in the module's servers.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serve-http")]
 
 TIE = 1e-4  # two logits nearer than this may come out in either order
 TOKENS = 12
