@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from psacpo.merge.verify import verify
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -68,7 +70,7 @@ def test_full_models_at_many_ratios(psacpo: Command, models: dict[str, Path], tm
             assert torch.equal(weight, exact.to(torch.bfloat16)), name
         AutoModelForCausalLM.from_pretrained(out)
         assert files(out)["tokenizer.json"] == files(models["helpful"])["tokenizer.json"]
-        ok(psacpo("merge", "--verify", out))
+        verify(out)
     ok(psacpo(*pair, "--ratio", "0.25", "--out", tmp_path / "one"))
     assert files(tmp_path / "one") == files(tmp_path / "many" / "policy@0.25")
 
@@ -109,9 +111,11 @@ def test_a_method(psacpo: Command, models: dict[str, Path], tmp_path: Path, meth
     pair = ("merge", "--reward", models["helpful"], "--safety", models["safe"], "--method", method, *base)
     ok(psacpo(*pair, "--ratio", "0.3", "--out", tmp_path / "out"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ok(psacpo("merge", "--verify", tmp_path / "out"))
-    ok(psacpo(*pair, "--ratio", "0.3", "--out", tmp_path / "again"))
-    assert files(tmp_path / "out") == files(tmp_path / "again")
+    verify(tmp_path / "out")
+    if method == "della":  # which draws
+        ok(psacpo("merge", "--verify", tmp_path / "out"))
+        ok(psacpo(*pair, "--ratio", "0.3", "--out", tmp_path / "again"))
+        assert files(tmp_path / "out") == files(tmp_path / "again")
     assert f"method: {method}" in (tmp_path / "out" / "README.md").read_text()
 
 
