@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from psacpo.errors import InputError
 from psacpo.evalharness import frontier
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines import Failure, Policy, Request
+from psacpo.evalharness.engines import ray as engine_module
+from psacpo.evalharness.engines.base import Completion
 from psacpo.evalharness.engines.plan import EnginePlan
 from psacpo.evalharness.engines.probe import dense_reference, probe
 from psacpo.evalharness.engines.ray import RayEngine, Worker, _room
@@ -52,7 +56,16 @@ def asked(base: str, count: int) -> list[Request]:
     ]
 
 
-def test_a_killed_worker_loses_nothing(make_config: MakeConfig) -> None:
+def settled(processes: list[int]) -> list[int]:
+    """The processes, after ten seconds at most in which they may end."""
+    for _ in range(100):
+        if not any(Path(f"/proc/{process}").exists() for process in processes):
+            break
+        time.sleep(0.1)
+    return processes
+
+
+def test_a_killed_worker_loses_nothing(make_config: MakeConfig, capfd: pytest.CaptureFixture[str]) -> None:
     config = make_config(
         engine="ray", ray={"workers": 2, "cpus": 0.5}, generation={"max_new_tokens": 24, "batch_size": 4}
     )
@@ -65,7 +78,7 @@ def test_a_killed_worker_loses_nothing(make_config: MakeConfig) -> None:
         replicas = engine.next_tokens(requests[:2])
         assert len(replicas) == 2
         assert replicas[0] == replicas[1]
-        before = [ray.get(worker.process.remote()) for worker in engine.workers]
+        before = engine.processes()
         assert len(set(before)) == 2
         stream = iter(engine.generate(requests))
         found = {(first := next(stream)).key: first}
@@ -73,10 +86,17 @@ def test_a_killed_worker_loses_nothing(make_config: MakeConfig) -> None:
         os.kill(before[1], 9)
         found |= {answer.key: answer for answer in stream}
         assert found == expected
-        assert ray.get(engine.workers[1].process.remote()) != before[1]
+        # The other worker kept its process and its engine from the proof to the end; the killed one has a new process.
+        after = engine.processes()
+        assert after[0] == before[0]
+        assert after[1] != before[1]
     finally:
         engine.close()
     assert ray.is_initialized()
+    assert not any(Path(f"/proc/{process}").exists() for process in settled(after))
+    told = capfd.readouterr()
+    assert "Traceback" not in told.out + told.err
+    assert "Running" not in told.out + told.err  # the first word of Ray Data's progress bars
 
 
 @pytest.mark.slow
@@ -118,7 +138,7 @@ def test_a_killed_worker_with_vllm_loses_nothing(make_config: MakeConfig, tmp_pa
     try:
         reference = dense_reference(engine, base, adapters)
         assert probe(engine, POLICIES, [requests[0].prompt_ids], reference=reference, dtype="float32") == []
-        victim = ray.get(engine.workers[1].process.remote())
+        victim = engine.processes()[1]
         stream = iter(engine.generate(requests))
         found = {(first := next(stream)).key: first}
         os.kill(victim, 9)
@@ -131,15 +151,26 @@ def test_a_killed_worker_with_vllm_loses_nothing(make_config: MakeConfig, tmp_pa
 
 
 def test_a_worker_that_dies_each_time_gives_failures(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5, "retries": 1})
+    """A batch that kills its worker is given up; the others of the sweep get their answers."""
+
+    class Dying(Worker):
+        def start(self, *_: Any) -> Any:
+            return self
+
+        def generate(self, requests: list[Request]) -> list[Completion]:
+            if requests[0].key == "bad":
+                os._exit(1)
+            return [Completion(request.key, "", (), "stop") for request in requests]
+
+    monkeypatch.setattr(engine_module, "Worker", Dying)
+    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5, "retries": 1, "batch_size": 1})
+    config = config.model_copy(update={"generation": config.generation.model_copy(update={"batch_size": 1})})
     adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
-    monkeypatch.setattr(Worker, "__init__", lambda self, *_: None)
-    monkeypatch.setattr(Worker, "generate", lambda self, requests: os._exit(1))
     engine = RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
     try:
-        [found] = engine.generate([Request("bad", POLICIES[0], (0, 5), seed=0)])
-        assert isinstance(found, Failure)
-        assert found.error.startswith("its worker died 2 times")
+        found = {a.key: a for a in engine.generate([Request(k, POLICIES[0], (0, 5), seed=0) for k in ("bad", "good")])}
+        assert found["bad"] == Failure("bad", "its worker died 2 times")
+        assert found["good"] == Completion("good", "", (), "stop")
     finally:
         engine.close()
 
@@ -159,34 +190,41 @@ def test_a_sweep_in_workers_has_the_records_of_one_process(make_config: MakeConf
 
 
 def test_what_is_wrong_in_a_worker_is_one_line(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5})
+    config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5, "retries": 1})
     adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
 
-    def refuse(self: Worker, *_: Any) -> None:
-        raise InputError("the logits of policy@0.50 are not finite")
+    class Refusing(Worker):
+        def start(self, *_: Any) -> Any:
+            return self
 
-    def start() -> RayEngine:
-        return RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
+        def refuse(self, *_: Any) -> Any:
+            raise InputError("the logits of policy@0.50 are not finite")
+
+        generate = next_tokens = refuse
+
+    class Unstarted(Worker):
+        def start(self, *_: Any) -> Any:
+            raise InputError("the adapter reward is damaged", allowed="a whole one")
+
+    class Killed(Worker):
+        def start(self, *_: Any) -> Any:
+            os._exit(1)
 
     request = Request("a", POLICIES[0], (0, 5), seed=0)
-    monkeypatch.setattr(Worker, "__init__", lambda self, *_: None)
-    monkeypatch.setattr(Worker, "generate", refuse)
-    monkeypatch.setattr(Worker, "next_tokens", refuse)
-    engine = start()
-    try:
-        with pytest.raises(InputError, match=r"^the logits of policy@0\.50 are not finite$"):
-            list(engine.generate([request]))
-        with pytest.raises(InputError, match=r"^the logits of policy@0\.50 are not finite$"):
-            engine.next_tokens([request])
-    finally:
-        engine.close()
-    monkeypatch.setattr(Worker, "__init__", refuse)
-    engine = start()
-    try:
-        with pytest.raises(InputError, match=r"^a Ray worker cannot start: the logits of policy@0\.50 are not finite$"):
-            engine.next_tokens([request])
-    finally:
-        engine.close()
+    for worker, line in (
+        (Refusing, "the logits of policy@0.50 are not finite"),
+        (Unstarted, "a Ray worker cannot start: the adapter reward is damaged; allowed: a whole one"),
+        (Killed, "a Ray worker cannot start: it died 2 times at that"),
+    ):
+        monkeypatch.setattr(engine_module, "Worker", worker)
+        engine = RayEngine(config, Path(config.base), adapters, POLICIES, PLAN)
+        try:
+            with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+                engine.next_tokens([request])
+            with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+                list(engine.generate([request]))
+        finally:
+            engine.close()
 
 
 def test_rooms_are_counted_and_too_little_is_refused() -> None:
