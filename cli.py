@@ -151,10 +151,11 @@ def align(
     if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
         return
     adapters = {stage.name: str(where / stage.name) for stage in config.runs}
+    kind = "adapter" if config.tuning == "lora" else "model"
     _show(
         {"out": str(where), "adapters": adapters},
         as_json,
-        [f"{name} adapter: {path}" for name, path in adapters.items()],
+        [f"{name} {kind}: {path}" for name, path in adapters.items()],
     )
 
 

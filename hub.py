@@ -42,7 +42,7 @@ def load_tokenizer(path: Path, *, what: str = "base") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the library raises what its parsers raise
         raise InputError(f"cannot load the tokenizer of {what} {path}: {_first_line(error)}") from error
 
@@ -68,7 +68,7 @@ def load_config(path: Path, *, what: str = "base") -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"cannot read config.json of {what} {path}: {_first_line(error)}") from error
 

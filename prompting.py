@@ -10,6 +10,8 @@ from psacpo.errors import InputError
 
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
+# Those that templates know; what they do with these messages is theirs to decide, as to leave out earlier thoughts.
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def render_prompt(tokenizer: Any, prompt: Prompt, template: str | None) -> str:
@@ -35,7 +37,14 @@ def render_prompt(tokenizer: Any, prompt: Prompt, template: str | None) -> str:
         return template.replace("{prompt}", prompt)
     require_chat_template(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    return _apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    text = _apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    for message in messages:
+        if message.get("role") not in _ROLES and str(message.get("content", "")).strip() not in text:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path} leaves out messages of '{message.get('role')}'",
+                allowed="system, user and assistant",
+            )
+    return text
 
 
 def _apply_chat_template(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from psacpo.align.config import AlignConfig, Dtype, Lora, Names, Numbers, Stage, Tuning, spelled_out
 from psacpo.config import Strict, read_yaml, validate
+from psacpo.console import say
 from psacpo.errors import InputError
 from psacpo.evalharness.command import command_line
 from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric, OpenAI, Ray, Vllm
@@ -20,6 +21,7 @@ from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, pol
 from psacpo.merge.mergekit import is_mergekit, read_mergekit
 
 RECIPE = "psacpo.yaml"
+_HEAD = "# Written by psacpo align. docs/align.md says what each key is, and which others there are.\n"
 # How far above its own directory a recipe still writes a path as relative.
 _MOST_UPS = 1
 
@@ -122,7 +124,7 @@ class Project:
                 values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
         given = _said(flags)
         values |= given
-        sources = [given[end] for end in ("reward", "safety") if end in given] or list(given.get("policies", {}))
+        sources = [values[end] for end in ("reward", "safety") if end in values] or list(given.get("policies", {}))
         if "base" not in given and any(_is_full_model(source) for source in sources):
             # They are merged with each other; the recipe's base is that of its adapters.
             values.pop("base", None)
@@ -189,8 +191,16 @@ class Project:
             for name, judge in said.get("judges", {}).items():
                 if "model" in judge:
                     judge["model"] = _seen_from(config.out, self._judge(said["judges"][name])["model"])
-        head = "# Written by psacpo align. docs/align.md says what each key is, and which others there are.\n"
-        write_atomically(home, head + yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
+        if home.exists():
+            before = _left_before(home)
+            if before is None:
+                say(f"{home} was not written by psacpo align and stays as it is")
+                return
+            # What frontier was told, and whatever else its owner added, is not align's to forget.
+            said |= {name: value for name, value in before.items() if name not in (*said, *AlignConfig.model_fields)}
+            if said == before:
+                return
+        write_atomically(home, _HEAD + yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
 
     def remember(self, config: FrontierConfig) -> str | None:
         """Add to the project's psacpo.yaml what `frontier` cannot be without and the file does not say.
@@ -268,6 +278,15 @@ class Project:
             if not values.get(name):
                 where = "there is no psacpo.yaml here" if self.recipe is None else f"{self.name} does not say it"
                 raise InputError(f"'{name}' is missing: {where}", allowed=f"{flag}, or a recipe with it")
+
+
+def _left_before(home: Path) -> dict[str, Any] | None:
+    """The settings in a recipe that `Project.leave` wrote; None where it is somebody else's."""
+    try:
+        text = home.read_text(encoding="utf-8")
+        return read_yaml(home) if text.startswith(_HEAD) else None
+    except (OSError, UnicodeDecodeError, InputError):
+        return None
 
 
 def _dump(recipe: Recipe, settings: type[Strict]) -> dict[str, Any]:

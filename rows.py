@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from typing import Any, cast
 from psacpo.errors import InputError, unknown_name
 
 Row = dict[str, Any]
+# Columns that hold text whatever it looks like.
+_TEXTS = ("prompt", "chosen", "rejected", "completion", "response", "response_0", "response_1")
 _FILES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -91,10 +94,19 @@ def _from_arrow(path: Path) -> list[Row]:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    # A CSV has no types: an answer of digits is text all the same.
+    texts = csv.ConvertOptions(column_types=dict.fromkeys(_TEXTS, pa.string()))
     try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+        table = (
+            parquet.read_table(path)
+            if path.name.lower().endswith(".parquet")
+            else csv.read_csv(path, convert_options=texts)
+        )
     except pa.ArrowException as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
+    if twice:
+        raise InputError(f"{path} has two columns '{twice[0]}'", allowed="a name for each column")
     return cast(list[Row], table.to_pylist())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +23,19 @@ from psacpo.files import digest, readable_io_errors, write_atomically
 
 _PREFIX = "checkpoint-"
 _MARKER = "progress.json"
+# What torch.save and safetensors say in words of their own where the disk is full.
+_UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "No space left", "I/O error")
+
+
+@contextlib.contextmanager
+def full_disk_as_such(place: Path) -> Iterator[None]:
+    """Raise OSError where a library could not write its file; with it a stage's earlier checkpoints are kept."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not any(words in str(error) for words in _UNWRITTEN):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
 
 
 class Checkpoints:
@@ -83,11 +98,14 @@ class Checkpoints:
         return self.place / f"{_PREFIX}{step}"
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint of this key and what `finish` was given; None where there is none."""
+        """The newest whole checkpoint of this key and what `finish` was given; None where there is none.
+
+        One that lost a file, or a part of one, is passed over: without its optimiser it would end in other weights.
+        """
         for step in sorted(self._steps(), reverse=True):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 found = json.loads((self.at(step) / _MARKER).read_text(encoding="utf-8"))
-                if found["key"] == self.key:
+                if found["key"] == self.key and found["sizes"] == _sizes(self.at(step)):
                     return self.at(step), found["progress"]
         return None
 
@@ -104,7 +122,8 @@ class Checkpoints:
         for file in self.at(step).rglob("*"):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        text = json.dumps({"key": self.key, "step": step, "progress": dict(progress)})
+        sizes = _sizes(self.at(step))
+        text = json.dumps({"key": self.key, "step": step, "sizes": sizes, "progress": dict(progress)})
         write_atomically(self.at(step) / _MARKER, text)
         for other in self._steps():
             if other != step:
@@ -115,3 +134,9 @@ class Checkpoints:
             return []
         names = [entry.name.removeprefix(_PREFIX) for entry in self.place.iterdir() if entry.name.startswith(_PREFIX)]
         return [int(name) for name in names if name.isdecimal()]
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each of a checkpoint's files but its marker."""
+    files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != _MARKER]
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in sorted(files)}

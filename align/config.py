@@ -53,15 +53,19 @@ _LEVELS: dict[RiskName, tuple[float, bool, str]] = {
 }
 
 
+# Of what fits into the data loader's integers.
+_MOST = 2**31 - 1
+# Of characters; the directories beside a stage's own have longer names.
+_LONGEST_NAME = 100
 # What else lies in a project directory, and the word for no adapter at all.
 _TAKEN = ("base", "frontier", "policies", "logs", "psacpo.yaml", "psacpo.json")
 
 
 def _split(value: object) -> object:
     """A line of words or numbers with commas, as the command line has it, as a list; "none" is an empty one."""
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.split(",") if part.strip() not in ("", "none")]
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    return [part for part in value if part not in ("", "none")] if isinstance(value, list) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -82,6 +86,14 @@ class Lora(Strict):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False
     use_dora: bool = False
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _words_or_list(cls, value: object) -> object:
+        """Said here, as pydantic would tell of the one half of the union that it tried first."""
+        if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
+            return value
+        raise ValueError(f"target_modules are {value!r}; allowed: all-linear, or a list of modules' names")
 
 
 class Truncation(Strict):
@@ -135,8 +147,8 @@ class Stage(Strict):
     learning_rate: float | None = Field(None, gt=0, le=1)
     lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1, le=_MOST)
+    gradient_accumulation: int = Field(1, ge=1, le=_MOST)
     max_steps: int | None = Field(None, ge=1)
     epochs: float = Field(1.0, gt=0)
     stop_margin: float | None = Field(None, gt=0)
@@ -165,6 +177,10 @@ class Stage(Strict):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name in _TAKEN:
             raise ValueError(
                 f"stage name '{self.name}' is not a plain directory name, or is taken: {', '.join(_TAKEN)}"
+            )
+        if len(self.name) > _LONGEST_NAME:
+            raise ValueError(
+                f"stage name '{self.name[:20]}…' has {len(self.name)} characters; allowed: at most {_LONGEST_NAME}"
             )
         return self
 
@@ -265,6 +281,11 @@ class AlignConfig(Strict):
             raise ValueError("quantization is of a base that is not trained; allowed: null with tuning full")
         if any(value <= 0 for value in self.lambdas):
             raise ValueError(f"lambdas are {', '.join(f'{value:g}' for value in self.lambdas)}; allowed: above 0")
+        different = set(self.lambdas)
+        if len({f"{value:g}" for value in different}) < len(different):
+            raise ValueError(
+                f"lambdas are {', '.join(map(str, self.lambdas))}; allowed: apart in their first six digits"
+            )
         seen: list[str] = []
         for stage in self.runs:
             if stage.name in seen:
@@ -273,10 +294,14 @@ class AlignConfig(Strict):
                 allowed = ", ".join(["base", *seen])
                 raise ValueError(f"stage '{stage.name}' starts at '{stage.start}'; allowed: {allowed}")
             seen.append(stage.name)
-        if self.lambdas and not self._later:
-            raise ValueError("lambdas need a stage that starts at another one; there is none")
+        for name in ("lambdas", "naive"):
+            if getattr(self, name) and not self._later:
+                need = "needs" if name == "naive" else "need"
+                raise ValueError(f"{name} {need} a stage that starts at another one; there is none")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")
+        if self.template is not None and re.search("[\ud800-\udfff]", self.template):
+            raise ValueError("template holds half a surrogate pair, which is no text")
         return self
 
     @property
@@ -342,7 +367,8 @@ def spelled_out(config: AlignConfig) -> dict[str, Any]:
     """The settings as a recipe, without `out`: what users turn, and whatever else is not a default."""
     whole = config.model_dump(by_alias=True, mode="json")
     other = config.model_dump(by_alias=True, mode="json", exclude_defaults=True)
-    found = {name: whole[name] for name in dict.fromkeys((*_TURNED, *other)) if name not in ("out", "overwrite")}
+    left = ("out", "overwrite", *(["lora"] if config.tuning == "full" else []))
+    found = {name: whole[name] for name in dict.fromkeys((*_TURNED, *other)) if name not in left}
     found["stages"] = []
     for stage in config.stages:
         settings = stage.model_dump(by_alias=True, mode="json")

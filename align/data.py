@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from psacpo.align.presets import preset, recognised
+from psacpo.align.presets import LARGEST, preset, recognised
 from psacpo.errors import InputError, unknown_name
 from psacpo.files import digest, digest_directory, digest_file
 from psacpo.prompting import Prompt
@@ -225,7 +225,7 @@ def _require_open(prompt: str | Messages, where: str) -> None:
 
 
 def _number(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         raise InputError(f"{where}: '{name}' is wrong", given=_shown(value), allowed="a finite number")
     return float(value)
 
@@ -257,7 +257,9 @@ def _text_or_messages(value: object, name: str, where: str) -> str | Messages | 
 
 
 def _wrong_type(name: str, value: object, where: str) -> InputError:
-    given = "an empty list" if value == [] else "nothing" if value is None else f"a {type(value).__name__}"
+    given = (
+        "an empty list" if value == [] else "nothing" if value is None else f"{value!r:.40} ({type(value).__name__})"
+    )
     return InputError(f"{where}: '{name}' is wrong", given=given, allowed="a string, or a list of messages")
 
 

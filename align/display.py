@@ -79,7 +79,8 @@ def _facts(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "  different prompts", f"{one['prompts']:,}"
     for name in ("duplicates", "contradictory"):
         yield f"  {name}", _share(counts.get(name, 0), used)
-    yield "  asked by the evaluation too", _share(counts.get("overlap", 0), used)
+    if one["compared"]:
+        yield "  asked by the evaluation too", _share(counts.get("overlap", 0), used)
     yield "  truncated", _share(counts["truncated"], used)
     for name in ("truncated_prompts", "truncated_answers"):
         if counts.get(name):

@@ -9,8 +9,10 @@ from typing import Any
 
 from psacpo.align import model as models
 from psacpo.align.config import AlignConfig, Stage
+from psacpo.align.objectives import objective_of
 from psacpo.align.pairs import Labelled, Pair
 from psacpo.align.reading import Data, read_stages
+from psacpo.errors import InputError
 
 EXAMPLES = 5
 
@@ -21,7 +23,8 @@ def inspect(config: AlignConfig, examples: int = EXAMPLES) -> dict[str, Any]:
     Returns:
         `notes`, lines for the user; `data`, one entry for each set of rows: the `stages` that use it, `source`,
         `preset`, `kind`, the `counts` of `pairs.Pairs`, the number of different `prompts`, `tokens` (median, p95 and
-        max of the prompt and of each kind of answer, as trained), `longer` (of pairs, how many have the longer answer
+        max of the prompt and of each kind of answer, as trained), `compared` (whether there are prompts of an evaluation
+        that rows could ask too), `longer` (of pairs, how many have the longer answer
         chosen, how many answers are equally long, and the accuracy of going by length alone) and `examples`, drawn
         with the run's seed: decoded with their special tokens, prompt (masked) and answers (trained) apart.
 
@@ -34,9 +37,25 @@ def inspect(config: AlignConfig, examples: int = EXAMPLES) -> dict[str, Any]:
     for stage in config.runs:
         data = reading.data[stage.name]
         if id(data) not in found:
-            found[id(data)] = _facts(stage, data) | {"examples": _examples(data, tokenizer, config.seed, examples)}
+            found[id(data)] = _facts(stage, data) | {
+                "compared": reading.compared,
+                "examples": _examples(data, tokenizer, config.seed, examples),
+            }
         found[id(data)]["stages"].append(stage.name)
-    return {"base": config.base, "max_length": config.max_length, "notes": reading.notes, "data": [*found.values()]}
+    notes = reading.notes + [
+        note for stage in config.runs for note in _refusals(config, stage, reading.data[stage.name])
+    ]
+    return {"base": config.base, "max_length": config.max_length, "notes": notes, "data": [*found.values()]}
+
+
+def _refusals(config: AlignConfig, stage: Stage, data: Data) -> list[str]:
+    """Why the stage could not be trained on its rows: who looks at them should see it, and see them all the same."""
+    rows: Any = data.pairs.pairs
+    try:
+        objective_of(rows, stage, config.beta_of(stage), config.seed)
+    except InputError as error:
+        return [f"would be refused: {error}"]
+    return []
 
 
 def _facts(stage: Stage, data: Data) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) 
     make: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            model = make(config)
+            model = make(config, trust_remote_code=False)
     except ValueError as error:
         raise InputError(f"{base.name} is not a causal language model: {_first(error)}") from error
     shapes = {name: _shape(module) for name, module in model.named_modules() if _is_linear(module)}
@@ -95,7 +95,8 @@ def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) 
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise InputError(
-            f"rows of {longest} tokens are longer than {base.name} can take", allowed=f"max_length up to {positions}"
+            f"rows of {longest} tokens are longer than {base.name} can take",
+            allowed=f"max_length up to {positions}, in a recipe",
         )
     vocabulary = model.get_input_embeddings().num_embeddings
     if largest_id >= vocabulary:
@@ -110,7 +111,8 @@ def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) 
 
 def _load_config(base: Base) -> Any:
     try:
-        return AutoConfig.from_pretrained(base.path)
+        # Left open, it would be asked for at the terminal.
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"cannot load {base.name}: {_first(error)}") from error
 
@@ -140,9 +142,15 @@ def load_causal(base: Base, dtype: Dtype, **options: Any) -> Any:
     """
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, loading = load(base.path, dtype=DTYPES[dtype], output_loading_info=True, **options)
-    except RuntimeError as error:
-        raise InputError(f"cannot load the weights of {base.name}: {_first(error)}") from error
+        model, loading = load(
+            base.path, dtype=DTYPES[dtype], output_loading_info=True, trust_remote_code=False, **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # files that are cut short, missing or no weights: each format raises its own
+        mismatch = "ignore_mismatched_sizes" in str(error)
+        why = "they have other shapes than config.json says" if mismatch else _first(error)
+        raise InputError(f"cannot load the weights of {base.name}: {why}", allowed="a whole model") from error
     if missing := sorted(loading["missing_keys"]):
         # transformers fills the gaps with random numbers: a reward model would get a random head.
         raise InputError(f"the weights of {base.name} are not a causal language model's: {missing[0]} is missing")

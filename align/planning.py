@@ -196,7 +196,8 @@ def resolved_settings(config: AlignConfig, stage: Stage) -> dict[str, Any]:
 def _check_outputs(config: AlignConfig, tasks: list[Task], stage_bytes: int) -> None:
     """Refuse what would stop a stage later: a directory in the way, no right or no space to write."""
     require_apart(config.out, [Path(config.base)] if Path(config.base).is_dir() else [])
-    todo = [task for task in tasks if (read_manifest(task.out) or {}).get("key") != task.key]
+    with readable_io_errors(config.out):
+        todo = [task for task in tasks if (read_manifest(task.out) or {}).get("key") != task.key]
     for task in todo:
         require_free(task, config)
     if todo:
@@ -234,7 +235,8 @@ def is_done(task: Task) -> bool:
         return False
     if record.get("digest") != digest_model(task.out):
         raise InputError(
-            f"the adapter in {task.out} was changed or is not whole", allowed="remove the directory to train it again"
+            f"what stage '{task.stage.name}' left in {task.out} was changed or is not whole",
+            allowed="remove the directory to train it again",
         )
     inputs: dict[str, str] = record["inputs"]
     return task.start is None or inputs.get("start") == digest_model(task.start.out)

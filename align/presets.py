@@ -28,7 +28,15 @@ Record: TypeAlias = Mapping[str, Any]
 Made: TypeAlias = list[dict[str, Any]] | str
 Kind = TypeVar("Kind")
 
-_WORDS: dict[type, str] = {str: "text", bool: "true or false", int: "0 or 1", float: "a number", list: "messages"}
+_WORDS: dict[type, str] = {
+    str: "text",
+    bool: "true or false",
+    int: "0 or 1",
+    float: "a finite number",
+    list: "messages",
+}
+# Of float32, in which losses are computed.
+LARGEST = 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +162,9 @@ def _take(record: Record, name: str, kind: type[Kind]) -> Kind:
         raise unknown_name("column", name, map(str, record))
     value = record[name]
     given = type(value)
-    if given is kind or (kind is float and given is int) or (kind is bool and given is int and value in (0, 1)):
+    fits = given is kind or (kind is float and given is int) or (kind is bool and given is int and value in (0, 1))
+    # A score that is not finite is above no other, and below none.
+    if fits and (kind is not float or abs(value) <= LARGEST):
         return kind(value)  # type: ignore[call-arg]
     shown = "nothing" if value is None else repr(value)[:60]
     raise InputError(f"'{name}' is wrong", given=shown, allowed=_WORDS[kind])

@@ -10,6 +10,7 @@ from psacpo.align.config import AlignConfig, Stage
 from psacpo.align.counting import Asked
 from psacpo.align.data import read_data
 from psacpo.align.pairs import Labelled, Pair, Pairs, encode_rows
+from psacpo.align.presets import turns
 from psacpo.errors import InputError
 from psacpo.files import canonical_json
 from psacpo.rows import read_rows, require_columns
@@ -22,19 +23,26 @@ class Data:
     Attributes:
         digest: Of the source's content.
         preset: By which the rows were read.
+        transcripts: Prompts with several speakers in them that the chat template would make one user's message.
     """
 
     digest: str
     preset: str | None
     pairs: Pairs[Pair] | Pairs[Labelled]
+    transcripts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The data of all stages by their names, and lines for the user about what was found."""
+    """The data of all stages by their names, and lines for the user about what was found.
+
+    Attributes:
+        compared: Whether there were prompts of an evaluation to compare them with.
+    """
 
     data: dict[str, Data]
     notes: list[str]
+    compared: bool
 
 
 def read_stages(config: AlignConfig, tokenizer: Any) -> Reading:
@@ -55,7 +63,7 @@ def read_stages(config: AlignConfig, tokenizer: Any) -> Reading:
             notes += _notes(stage, read[same])
         notes += _weights(stage, read[same])
         found[stage.name] = read[same]
-    return Reading(found, notes)
+    return Reading(found, notes, asked is not None)
 
 
 def _read(stage: Stage, config: AlignConfig, tokenizer: Any, asked: Asked | None) -> Data:
@@ -69,13 +77,20 @@ def _read(stage: Stage, config: AlignConfig, tokenizer: Any, asked: Asked | None
         drop_duplicates=stage.duplicates == "drop",
         asked=asked,
     )
-    return Data(rows.digest, rows.preset, pairs)
+    transcripts = (row.prompt for row in rows.rows if config.template is None and isinstance(row.prompt, str))
+    return Data(rows.digest, rows.preset, pairs, sum(turns(prompt) is not None for prompt in transcripts))
 
 
 def _notes(stage: Stage, data: Data) -> list[str]:
     notes = []
     if data.preset != stage.preset:
         notes.append(f"{stage.name}: by its columns {stage.data} is read with preset {data.preset}")
+    if data.transcripts:
+        notes.append(
+            f"{stage.name}: warning: {data.transcripts} prompts are transcripts (Human: … Assistant: …), each of which "
+            "the chat template makes one message of the user; lists of messages keep the turns, and so does "
+            "template: '{prompt}'"
+        )
     overlap = data.pairs.counts.get("overlap")
     if overlap:
         notes.append(

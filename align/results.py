@@ -11,6 +11,7 @@ from typing import Any
 
 from psacpo import console
 from psacpo.align import model as models
+from psacpo.align.checkpoints import full_disk_as_such
 from psacpo.align.config import AlignConfig
 from psacpo.align.full import save_whole
 from psacpo.align.incident import save_batch
@@ -33,7 +34,7 @@ def write(config: AlignConfig, prepared: Prepared, task: Task, policy: Any, outc
     if task.start is not None:
         inputs["start"] = digest_model(task.start.out)
         weight = config.beta_of(task.start.stage) / config.beta_of(stage)
-    with atomic_directory(task.out, overwrite=config.overwrite) as partial:
+    with atomic_directory(task.out, overwrite=config.overwrite) as partial, full_disk_as_such(task.out):
         if config.tuning == "lora":
             models.save_adapter(policy, outcome.state, partial, stage=stage.name)
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from psacpo import console
-from psacpo.align.checkpoints import Checkpoints
+from psacpo.align.checkpoints import Checkpoints, full_disk_as_such
 from psacpo.align.config import Stage
 from psacpo.align.forward import Route
 from psacpo.align.losses import all_finite, smoothed
@@ -214,6 +214,11 @@ class PairTrainer(Trainer):
         # What is about to be written whole needs none. Of sharded weights, the start could not be put back.
         if self.checkpoints is None or self.reached or step >= self.args.max_steps or not self.scorer.independent:
             return
+        with full_disk_as_such(self.checkpoints.place):
+            self._write_checkpoint(model, trial, step)
+
+    def _write_checkpoint(self, model: Any, trial: Any, step: int) -> None:
+        assert self.checkpoints is not None
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         tensors = {"reference": self.scorer.reference} | _flattened(self.scorer.states)
@@ -278,7 +283,7 @@ class PairTrainer(Trainer):
             where = f"; the batch is in {self.keep(examples, losses.tolist(), step, self.metrics)}"
         raise InputError(
             f"stage '{self.stage.name}' step {step}: the loss is not finite for rows {some} of {self.stage.data}{where}",
-            allowed="a lower learning_rate, or dtype float32",
+            allowed="a lower learning_rate, a smaller beta, or dtype float32",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

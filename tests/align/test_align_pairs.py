@@ -196,7 +196,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "missing column": ({"promt": "how", "chosen": "y", "rejected": "n"}, {}, "'prompt', did you mean 'promt'.*chosen"),
     "named column": (GOOD, {"chosen": "best"}, "unknown column 'best'; allowed: chosen, prompt, rejected"),
     "named prompt": (SHAPES["implicit prompt"], {"prompt": "question"}, "unknown column 'question'"),
-    "number": (GOOD | {"chosen": 7}, {}, "row 2: 'chosen' is wrong; given: a int"),
+    "number": (GOOD | {"chosen": 7}, {}, r"row 2: 'chosen' is wrong; given: 7 \(int\)"),
     "null answer": (GOOD | {"rejected": None}, {}, "row 2: 'rejected' is wrong; given: nothing"),
     "null prompt": (GOOD | {"prompt": None}, {}, "row 2: 'prompt' is wrong; given: nothing"),
     "mixed": (GOOD | {"chosen": [YES]}, {}, "one answer is a string, the other a list"),

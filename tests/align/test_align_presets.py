@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "score": (
         ultra(1, 0) | {"score_chosen": "8"},
         "ultrafeedback",
-        "'score_chosen' is wrong; given: '8'; allowed: a n",
+        "'score_chosen' is wrong; given: '8'; allowed: a finite n",
     ),
     "no transcript": (HH | {"rejected": "no"}, "hh-rlhf", "'rejected' is no transcript"),
     "no start": ({side: f"hi {text}" for side, text in HH.items()}, "hh-rlhf", "'chosen' is no transcript"),
