@@ -98,7 +98,7 @@ def test_uneven_kto_weights_are_told(
     [
         ({"label": "yes"}, "row 2: 'label' is wrong; given: 'yes'; allowed: true or false"),
         ({"label": None}, "row 2: 'label' is wrong; given: nothing"),
-        ({"completion": 7}, "row 2: 'completion' is wrong; given: 7 \(int\)"),
+        ({"completion": 7}, r"row 2: 'completion' is wrong; given: 7 \(int\)"),
         ({"completion": None}, "row 2: 'completion' is wrong; given: nothing"),
         ({"completion": [{"role": "user", "content": "so"}]}, "row 2: the completion answer is not one message"),
         ({"prompt": [{"role": "assistant", "content": "so"}]}, "row 2: the prompt ends with the assistant's message"),
