@@ -24,9 +24,9 @@ from psacpo.merge.models import ModelDirectory
 from psacpo.merge.shards import Blocks, open_input, read_at, read_into, write_shards
 from psacpo.merge.tensorfiles import FLOATING, SIZES, Entry
 
-# Elements that are worked on at once, by measurement: with blocks of 256 KiB in float32, all that two inputs need stays
-# in a core's second-level cache of 1 MiB.
-_BLOCK = 1 << 16
+# Elements that are worked on at once, by measurement: fewer, and the calls cost more than the work; more, and nothing
+# stays in a core's caches.
+_BLOCK = 1 << 17
 # In the names of tensors that have a row for each token.
 _VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embed_out", "lm_head")
 # A model's weights go through two cores about as fast as memory gives and takes them.
