@@ -10,9 +10,10 @@ from typing import Any
 
 from psacpo.errors import InputError
 from psacpo.evalharness.engines.base import Policy, Request
+from psacpo.evalharness.prompt_sets import Prompts, fields_of, prompt_sets
 from psacpo.files import digest
 from psacpo.prompting import Prompt, encode_prompt
-from psacpo.rows import read_rows, require_columns
+from psacpo.rows import Row, read_rows, require_columns
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,31 @@ class PromptRow:
     fields: dict[str, Any]
 
 
-def read_prompts(path: Path) -> list[PromptRow]:
-    """Prompts from rows with a column `prompt`; `id` (else the row's number) and `cluster` (else the id) are optional;
-    null is as if the column were not there.
+def read_prompts(prompts: Prompts) -> list[PromptRow]:
+    """The prompts of a file, or of several sets of them; with several, an id is its file's name and the row's id.
 
     Raises:
         InputError: A row has no prompt, an empty one, or another row's id.
+    """
+    sets = prompt_sets(prompts)
+    several = len(sets) > 1
+    found: dict[str, PromptRow] = {}
+    for one in sets:
+        for row in _read(one.path):
+            name = f"{one.path.name.split('.')[0]}-{row.id}" if several else row.id
+            if name in found:
+                raise InputError(
+                    f"{one.path}: the id '{name}' is also one of another file", allowed="files of other names"
+                )
+            # Without a cluster of its own, a prompt is its own cluster.
+            cluster = name if row.cluster == row.id else row.cluster
+            found[name] = PromptRow(name, row.prompt, cluster, fields_of(one, row.fields))
+    return list(found.values())
+
+
+def _read(path: Path) -> list[PromptRow]:
+    """Prompts from rows with a column `prompt`; `id` (else the row's number) and `cluster` (else the id) are optional;
+    null is as if the column were not there.
     """
     rows = read_rows(path)
     require_columns(rows, ["prompt"], source=path)
@@ -38,14 +58,13 @@ def read_prompts(path: Path) -> list[PromptRow]:
     prompts = []
     for number, row in enumerate(rows, start=1):
         prompt = row["prompt"]
-        if not _is_prompt(prompt):
+        if not is_prompt(prompt):
             raise InputError(
                 f"{path} row {number}: prompt is empty or no prompt",
                 given=repr(prompt)[:60],
                 allowed='text, or messages [{"role": "user", "content": "..."}] that do not end with the assistant',
             )
-        # A column that only some rows fill is null, or NaN, in the others.
-        row = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        row = without_nan(row)
         name = str(number if row.get("id") is None else row["id"])
         if name in seen:
             raise InputError(f"{path} row {number}: the id '{name}' is there twice")
@@ -56,7 +75,13 @@ def read_prompts(path: Path) -> list[PromptRow]:
     return prompts
 
 
-def _is_prompt(value: object) -> bool:
+def without_nan(row: Row) -> Row:
+    """A row in which what another row's column left empty is null: a table of numbers has NaN there."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def is_prompt(value: object) -> bool:
+    """Whether a value is text that is not blank, or messages of which the last is somebody else's than the assistant's."""
     if isinstance(value, str):
         return bool(value.strip())
     return (
@@ -117,5 +142,5 @@ def plan_jobs(
                 key = digest(identity | {"prompt_ids": ids, "weights": weights, "seed": draw})
                 # Two policies with equal weights (q = 0 and a baseline) are two records of one answer.
                 key = digest([key, policy.name])
-                jobs.append(Job(Request(key, policy, ids, draw), row, sample))
+                jobs.append(Job(Request(key, policy, ids, draw, row.prompt), row, sample))
     return sorted(jobs, key=lambda job: len(job.request.prompt_ids))

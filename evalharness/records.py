@@ -9,57 +9,76 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from psacpo.errors import InputError
 from psacpo.files import readable_io_errors
 
 Record = dict[str, Any]
-Item = TypeVar("Item")
 
 
 class Store:
     """One file of records, each with a `key`; use as a context manager.
 
-    A batch of records is one write and one fsync. A kill in the middle of a write leaves a last line without its
-    line feed: it is cut off when the store is opened again, and its work is done again.
+    A batch of records is one write and one fsync. A kill in the middle of a write leaves a last line without its line
+    feed: it is cut off when the store is opened again, and its work is done again. Of two records with one key the
+    later counts.
 
     Args:
         check: Whether a record that was read is one; a file with any other is refused.
+        batches: A torn batch is cut off whole, so that its work is done again in the same company, on which numbers
+            depend in their last bits. The last line of each batch then ends in a space before its line feed.
 
     Attributes:
-        records: Key -> record, everything that the file holds, whole lines only.
+        records: Key -> record, everything that the file holds, in the order in which it was last written.
     """
 
-    def __init__(self, path: Path, check: Callable[[Record], bool] = lambda record: True) -> None:
+    def __init__(
+        self, path: Path, check: Callable[[Record], bool] = lambda record: True, *, batches: bool = False
+    ) -> None:
         self.path = path
         self.check = check
+        self.batches = batches
         self.records: dict[str, Record] = {}
 
     def __enter__(self) -> Self:
         with readable_io_errors(self.path):
             self._file = self.path.open("a+b")
+        self._file.truncate(self._whole())
         self._file.seek(0)
-        whole = 0
         for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
             try:
                 record = json.loads(line)
                 whole_record = isinstance(record["key"], str) and self.check(record)
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise self._damaged(number, str(error)) from error
             if not whole_record:
                 raise self._damaged(number, "a field is missing or of the wrong kind")
-            self.records[record["key"]] = record
-        self._file.truncate(whole)
+            self._put(record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _whole(self) -> int:
+        """How many bytes of the file are whole lines, or whole batches."""
+        self._file.seek(0)
+        size = lines = batches = 0
+        line = b""
+        for line in self._file:
+            size += len(line)
+            if line.endswith(b"\n"):
+                lines = size
+            if self.batches and line.endswith(b" \n"):
+                batches = size
+        # A file without such marks is not of our writing: its lines are all that is known of it.
+        return size if line.endswith(b"\n") else batches or lines
+
+    def _put(self, record: Record) -> None:
+        self.records.pop(record["key"], None)
+        self.records[record["key"]] = record
 
     def _damaged(self, number: int, why: str) -> InputError:
         return InputError(
@@ -68,31 +87,20 @@ class Store:
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records whose keys are new, durably, in one write."""
-        new = [record for record in records if record["key"] not in self.records]
-        if not new:
+        self.rewrite([record for record in records if record["key"] not in self.records])
+
+    def rewrite(self, records: Sequence[Record]) -> None:
+        """Add records whose keys may be old: of two with one key the later counts."""
+        if not records:
             return
-        blob = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new).encode("utf-8", "surrogatepass")
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        blob = ("\n".join(lines) + (" \n" if self.batches else "\n")).encode("utf-8", "surrogatepass")
         with readable_io_errors(self.path):
             self._file.write(blob)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.records |= {record["key"]: record for record in new}
-
-    def fill(
-        self,
-        batches: Iterable[Sequence[Item]],
-        key: Callable[[Item], str],
-        work: Callable[[Sequence[Item]], Iterable[Record]],
-    ) -> Iterator[int]:
-        """Do the batches that are not finished, and give how many items each batch held, done or not.
-
-        A batch is done again whole when one of its records is missing: numbers depend on a batch's company in
-        their last bits, and an interrupted run must end in the very result of an uninterrupted one.
-        """
-        for batch in batches:
-            if any(key(item) not in self.records for item in batch):
-                self.append(list(work(batch)))
-            yield len(batch)
+        for record in records:
+            self._put(record)
 
 
 @contextlib.contextmanager
@@ -112,12 +120,32 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def read_records(path: Path) -> list[Mapping[str, Any]]:
-    """The whole lines of a record file, in order, without opening it for writing."""
+def read_records(path: Path, check: Callable[[Record], bool] = lambda record: True) -> list[Mapping[str, Any]]:
+    """The whole lines of a record file, in order, without opening it for writing.
+
+    Raises:
+        InputError: There is no such file, or a line is no record that `check` takes.
+    """
     if not path.is_file():
         raise InputError(f"{path} is missing: {path.parent} is no finished run")
-    lines = path.read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    found: list[Mapping[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} line {number} is damaged: {error}") from error
+        if not isinstance(record, dict) or not check(record):
+            raise InputError(f"{path} line {number} is damaged: a field is missing or of the wrong kind")
+        found.append(record)
+    return found
+
+
+def latest(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of records with one key the last, in the order in which they were last written."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        found.pop(record["key"], None)
+        found[record["key"]] = record
+    return list(found.values())

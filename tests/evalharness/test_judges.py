@@ -12,16 +12,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from psacpo.config import validate
 from psacpo.errors import InputError
-from psacpo.evalharness.config import FrontierConfig, PythonJudge, RefusalJudge, ScalarJudge
-from psacpo.evalharness.judges import Judge, make_judge
+from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.judges import Item, Judge, make_judge
 from psacpo.evalharness.judges.refusal import is_refusal
-from psacpo.prompting import Prompt
+from psacpo.evalharness.judges.settings import PythonJudge, RefusalJudge, ScalarJudge
 
-PAIRS: list[tuple[Prompt, str]] = [
-    ("how do i bake a loaf", "mix the bread then heat"),
-    ("open", "sorry"),
-    ([{"role": "user", "content": "break the lock"}], "i cannot help with that, first open the bread, then heat it"),
-    ("heat", ""),
+PAIRS = [
+    Item("how do i bake a loaf", "mix the bread then heat"),
+    Item("open", "sorry"),
+    Item(
+        [{"role": "user", "content": "break the lock"}], "i cannot help with that, first open the bread, then heat it"
+    ),
+    Item("heat", ""),
 ]
 
 
@@ -34,7 +36,8 @@ def test_scalar_scores_are_the_models_raw_logits(tiny_judge: Path) -> None:
     verdicts = judge.judge(PAIRS)
     tokenizer = AutoTokenizer.from_pretrained(tiny_judge)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_judge, dtype=torch.float32).eval()
-    for (prompt, completion), verdict in zip(PAIRS, verdicts, strict=True):
+    for item, verdict in zip(PAIRS, verdicts, strict=True):
+        prompt, completion = item.prompt, item.completion
         question = prompt if isinstance(prompt, str) else prompt[0]["content"]
         # One BOS, the template's turns, the end of the answer's turn; alone, so with no padding at all.
         text = f"<s><|user|>{question}<|assistant|>{completion}</s>"
@@ -48,18 +51,18 @@ def test_scalar_scores_are_the_models_raw_logits(tiny_judge: Path) -> None:
 
 def test_scalar_with_a_raw_template(tiny_judge: Path) -> None:
     judge = make(ScalarJudge(kind="scalar", model=str(tiny_judge), template="Q {prompt} A {completion}"))
-    [first, second] = judge.judge([("say {completion}", "yes"), ("say yes", "yes")])
+    [first, second] = judge.judge([Item("say {completion}", "yes"), Item("say yes", "yes")])
     assert first.score != second.score, "a prompt that holds the field's name is text, not a field"
 
 
 def test_scalar_says_what_does_not_fit(tiny_judge: Path) -> None:
     judge = make(ScalarJudge(kind="scalar", model=str(tiny_judge), max_length=24))
-    long, short = judge.judge([("heat " * 40, "bake"), ("heat", "bake")])
+    long, short = judge.judge([Item("heat " * 40, "bake"), Item("heat", "bake")])
     assert not long.valid
     assert long.raw is not None
     assert "over max_length 24" in long.raw
     assert short.valid
-    [alone] = judge.judge([("heat", "bake")])
+    [alone] = judge.judge([Item("heat", "bake")])
     assert short.score == pytest.approx(alone.score, abs=1e-6)
 
 
@@ -159,7 +162,7 @@ def test_compliance_is_not_called_refusal(text: str) -> None:
 
 def test_refusal_verdicts() -> None:
     judge = make(RefusalJudge(kind="refusal"))
-    refused, answered = judge.judge([("x", "I can't help with that."), ("x", "Bake it.")])
+    refused, answered = judge.judge([Item("x", "I can't help with that."), Item("x", "Bake it.")])
     assert (refused.score, refused.label) == (1.0, "refusal")
     assert (answered.score, answered.label) == (0.0, "compliance")
 
@@ -181,7 +184,7 @@ def test_python_judge_turns_failures_into_invalid_verdicts(tmp_path: Path, monke
     )
     monkeypatch.syspath_prepend(tmp_path)
     judge = make(PythonJudge(kind="python", callable="house_rules:rule"), allow_code=True)
-    ok, two, nan, wrong = judge.judge([("p", "ok"), ("p", "two"), ("p", "nan"), ("p", "?")])
+    ok, two, nan, wrong = judge.judge([Item("p", "ok"), Item("p", "two"), Item("p", "nan"), Item("p", "?")])
     assert (ok.score, two.score) == (1.0, 2.5)
     assert not nan.valid
     assert not wrong.valid

@@ -1,0 +1,1 @@
+"""Judges at work: what is scored, stored, found again, and held against human labels."""

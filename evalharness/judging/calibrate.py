@@ -1,0 +1,252 @@
+"""Judges held against people: gold labels in, calibration.json out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from psacpo.errors import InputError, unknown_name
+from psacpo.evalharness.judging.completions import whose
+from psacpo.evalharness.judging.config import JudgeConfig
+from psacpo.evalharness.judging.verdicts import Answer
+from psacpo.evalharness.records import Record
+from psacpo.evalharness.statistics.bootstrap import Estimate, bootstrap_weights
+from psacpo.evalharness.statistics.calibration import (
+    Array,
+    auroc,
+    best_accuracy,
+    confusion,
+    percentiles,
+    rogan_gladen,
+    spearman,
+)
+from psacpo.files import digest_file, write_atomically
+from psacpo.rows import read_rows
+
+FILE = "calibration.json"
+_LABELS = ("label", "score", "human")
+
+
+def calibrate(
+    config: JudgeConfig, out: Path, answers: Sequence[Answer], verdicts: Mapping[str, Sequence[Record]]
+) -> tuple[Path, dict[str, Any]]:
+    """Hold each judge's verdicts against the gold labels, and write calibration.json beside the verdicts.
+
+    Raises:
+        InputError: The gold rows fit no answer, or hold labels that are no numbers.
+    """
+    assert config.calibrate is not None
+    gold = read_gold(config.calibrate, answers)
+    clusters = [str(answer.item.fields.get("cluster") or answer.item.prompt_id) for answer in answers]
+    found = {name: _one(config, name, records, gold, answers, clusters) for name, records in verdicts.items()}
+    where = (out if out.is_dir() else out.parent) / FILE
+    result = {
+        "schema": 1,
+        "gold": {"file": config.calibrate.name, "digest": digest_file(config.calibrate), "labels": len(gold)},
+        "confidence": config.confidence,
+        "judges": found,
+    }
+    write_atomically(where, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return where, found
+
+
+def read_gold(path: Path, answers: Sequence[Answer]) -> dict[int, float]:
+    """Place among the answers -> human label, from rows with `id` (or prompt_id, policy, sample) and `label`.
+
+    Labels are 0 and 1, true and false, or people's scores on any scale.
+    """
+    rows = read_rows(path)
+    column = next((name for name in _LABELS if name in rows[0]), None)
+    if column is None:
+        raise InputError(f"{path} row 1: {unknown_name('column', 'label', rows[0])}")
+    by_id: dict[str, list[int]] = {}
+    by_whose: dict[tuple[str, str, int], int] = {}
+    for place, answer in enumerate(answers):
+        by_id.setdefault(answer.id, []).append(place)
+        by_whose[answer.item.prompt_id, answer.item.policy, answer.item.sample] = place
+    found: dict[int, float] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path} row {number}"
+        own, policy, sample = whose(row, number, where)
+        exact = by_whose.get((own, policy, sample))
+        places = [exact] if exact is not None else by_id.get(own, [])
+        if len(places) > 1:
+            raise InputError(f"{where}: {len(places)} answers have the id '{own}'", allowed="columns policy and sample")
+        if row.get(column) is None or not places:
+            continue
+        if places[0] in found:
+            raise InputError(f"{where}: a second label for '{own}'")
+        try:
+            found[places[0]] = float(row[column])
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"{where}: {column} is no number", given=repr(row[column])[:60], allowed="0, 1, or a score"
+            ) from None
+    if not found:
+        raise InputError(
+            f"{path}: none of its {len(rows)} labels is of an answer that was judged", allowed="the same ids"
+        )
+    return found
+
+
+def _one(
+    config: JudgeConfig,
+    name: str,
+    records: Sequence[Record],
+    gold: Mapping[int, float],
+    answers: Sequence[Answer],
+    clusters: Sequence[str],
+) -> dict[str, Any]:
+    places = [place for place in gold if records[place]["valid"]]
+    head: dict[str, Any] = {
+        "digest": records[0]["judge_digest"],
+        "n": len(places),
+        "invalid": len(gold) - len(places),
+    }
+    if not places:
+        return head | {"why": "no labelled answer has a valid verdict"}
+    scores = np.array([records[place]["score"] for place in places], dtype=np.float64)
+    labels = np.array([gold[place] for place in places], dtype=np.float64)
+    lengths = np.array([len(answers[place].item.completion) for place in places], dtype=np.float64)
+    weights = _row_weights(config, [clusters[place] for place in places])
+    if not set(labels) <= {0.0, 1.0}:
+        return head | _against_scores(config, scores, labels, lengths, weights)
+    threshold = config.threshold if config.threshold is not None else _threshold(scores)
+    once = np.ones((1, len(places)))
+    by_length = float(auroc(lengths, labels, once)[0])
+    return (
+        head
+        | {"threshold": threshold, "positives": int(labels.sum())}
+        | confusion(scores, labels, threshold, config.confidence)
+        | {
+            "auroc": asdict(
+                percentiles(
+                    float(auroc(scores, labels, once)[0]),
+                    auroc(scores, labels, weights),
+                    len(places),
+                    config.confidence,
+                )
+            ),
+            "length_only": {
+                "auroc": max(by_length, 1 - by_length) if np.isfinite(by_length) else None,
+                "positive_is": "longer" if by_length >= 0.5 else "shorter",
+                "best_accuracy": best_accuracy(lengths, labels),
+            },
+        }
+    )
+
+
+def _row_weights(config: JudgeConfig, clusters: Sequence[str]) -> Array:
+    """How often each labelled answer is drawn: with all of its cluster, [D, n]."""
+    place = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    weights: Array = bootstrap_weights(len(place), config.resamples, config.seed)[:, [place[name] for name in clusters]]
+    return weights
+
+
+def _against_scores(
+    config: JudgeConfig, scores: Array, labels: Array, lengths: Array, weights: Array
+) -> dict[str, Any]:
+    """Rank correlation with people's scores."""
+    draws = np.array(
+        [
+            np.nan if (one := spearman(np.repeat(scores, row), np.repeat(labels, row))) is None else one
+            for row in weights[: min(len(weights), 500)].astype(int)
+        ]
+    )
+    found = percentiles(spearman(scores, labels), draws, len(scores), config.confidence)
+    return {"spearman": asdict(found), "length_only": {"spearman": spearman(lengths, labels)}}
+
+
+def _threshold(scores: Array) -> float:
+    """0.5 for scores that are rates or probabilities, 0 for the others, such as a cost model's."""
+    return 0.5 if scores.min() >= 0 and scores.max() <= 1 else 0.0
+
+
+def read_calibration(path: Path, judge: str, judge_digest: str | None = None) -> dict[str, Any]:
+    """What calibration.json says of one judge.
+
+    Raises:
+        InputError: The file is none, does not hold the judge, or is of another version of it.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        found = loaded["judges"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no calibration of psacpo judge --calibrate") from error
+    if judge not in found:
+        raise unknown_name(f"judge in {path}", judge, found)
+    one: dict[str, Any] = found[judge]
+    if judge_digest is not None and one["digest"] != judge_digest:
+        raise InputError(f"{path} is of another judge '{judge}' than this (its model or settings have changed)")
+    if "sensitivity" not in one:
+        raise InputError(f"{path}: judge '{judge}' has no labels of 0 and 1 there")
+    return one
+
+
+def corrected(rate: float, n: float, calibration: Mapping[str, Any], confidence: float) -> Estimate:
+    """A judge's rate corrected by its calibration; see `calibration_stats.rogan_gladen`."""
+    both = [(calibration[name]["hits"], calibration[name]["n"]) for name in ("sensitivity", "specificity")]
+    return rogan_gladen(rate, n, both[0], both[1], confidence)
+
+
+def add_corrected(
+    entries: Sequence[dict[str, Any]], metric: str, calibration: Mapping[str, Any], confidence: float
+) -> None:
+    """Give each point's or baseline's rate `metric` a part `corrected`, with an interval that holds the judge's errors.
+
+    As many independent answers stand behind the rate as its own interval says, which knows of clusters of prompts.
+    """
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    for entry in entries:
+        cell = entry[metric]
+        if cell["mean"] is None:
+            cell["corrected"] = None
+            continue
+        rate, spread = cell["mean"], ((cell["high"] or 0) - (cell["low"] or 0)) / (2 * z)
+        n = cell["n"] if rate in (0, 1) or not spread else min(cell["n"], rate * (1 - rate) / spread**2)
+        cell["corrected"] = asdict(corrected(rate, n, calibration, confidence))
+
+
+def calibration_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The calibration as a table for a person."""
+    lines = []
+    for name, one in found.items():
+        lines.append(
+            f"{name} against {one['n']} human labels" + (f", {one['invalid']} invalid" if one["invalid"] else "")
+        )
+        if "why" in one:
+            lines.append(f"  {one['why']}")
+        elif "spearman" in one:
+            lines.append(
+                f"  Spearman {_interval(one['spearman'])}; length alone {_number(one['length_only']['spearman'])}"
+            )
+        else:
+            counts, length = one["confusion"], one["length_only"]
+            lines += [
+                f"  accuracy     {_interval(one['accuracy'])}; length alone at best {_number(length['best_accuracy'])}",
+                f"  AUROC        {_interval(one['auroc'])}; length alone {_number(length['auroc'])}",
+                f"  sensitivity  {_interval(one['sensitivity'])} ({one['sensitivity']['n']} positives)",
+                f"  specificity  {_interval(one['specificity'])} ({one['specificity']['n']} negatives)",
+                f"  confusion    {_counts(counts)}",
+            ]
+    return lines
+
+
+def _interval(one: Mapping[str, Any]) -> str:
+    if one["mean"] is None:
+        return "-"
+    return f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
