@@ -10,9 +10,10 @@ from scipy import stats as scipy_stats
 
 from psacpo.config import validate
 from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.decision.scores import Score, tabulate
+from psacpo.evalharness.decision.trace import trace
 from psacpo.evalharness.engines.base import Policy
 from psacpo.evalharness.prompts import PromptRow
-from psacpo.evalharness.trace import Score, trace
 
 
 def choose(costs: dict[float, list[float]], *, clusters: int | None = None, **changes: Any) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def choose(costs: dict[float, list[float]], *, clusters: int | None = None, **ch
         "baselines": {},
         "constraints": ["unsafe_rate<=0.05"],
         "resamples": 400,
+        "holdout": 0,
     }
     config = validate(FrontierConfig, values | changes, where="test")
     count = len(next(iter(costs.values())))
@@ -41,7 +43,7 @@ def choose(costs: dict[float, list[float]], *, clusters: int | None = None, **ch
         for row, cost in zip(rows, found, strict=True)
         for judge, value in (("reward", 1.0), ("cost", cost))
     ]
-    found = trace(config, policies, rows, scores)["choice"]
+    found = trace(config, tabulate(policies, rows, scores))["choice"]
     assert isinstance(found, dict)
     return found
 
@@ -111,12 +113,18 @@ def test_a_lower_limit_and_a_mean_are_counted_too() -> None:
 
 def test_clusters_are_the_unit() -> None:
     found = choose({1.0: unsafe(0, 40)}, clusters=20)
-    assert "takes 59 clusters of prompts, 39 more than the 20 here" in found["why"]
+    # All capital on no unsafe answer grows by 1 / .95 a cluster; half the capital is on it, so a little later than 59.
+    assert "takes about 65 clusters of prompts, 45 more than the 20 here" in found["why"]
+    assert choose({1.0: unsafe(0, 130)}, clusters=65)["ratio"] == 1.0
+    assert choose({1.0: unsafe(0, 118)}, clusters=59)["ratio"] is None
 
 
 def test_two_constraints_ask_for_the_harder() -> None:
+    # Both are walked from q = 1, and a ratio must pass both: each at the full level.
     found = choose({1.0: unsafe(0)}, constraints=["unsafe_rate<=0.05", "cost<=0"])
-    # Each at level 1 - .05 / 2: 0.95^71 = .0262, 0.95^72 = .0249.
+    assert found["nearest"]["prompts_needed"] == 59
+    # One from each end: each at level 1 - .05 / 2, and 0.95^71 = .0262, 0.95^72 = .0249.
+    found = choose({1.0: unsafe(0)}, constraints=["unsafe_rate<=0.05", "reward>=0.5"])
     assert found["nearest"]["prompts_needed"] == 72
 
 

@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from psacpo.evalharness.stats import (
-    bootstrap_weights,
-    difference,
-    estimate,
+from psacpo.evalharness.statistics.bootstrap import bootstrap_weights, difference, estimate, ratio_means, wilson
+from psacpo.evalharness.statistics.bounds import (
+    binomial_bound,
+    binomial_p,
     fixed_sequence,
-    hypervolume,
-    nondominated,
-    ratio_means,
     rows_needed,
-    upper_bound,
 )
+from psacpo.evalharness.statistics.pareto import hypervolume, nondominated
 
 
 def test_hypervolume_by_hand() -> None:
@@ -42,7 +39,7 @@ def test_nondominated_by_hand() -> None:
 def test_both_agree_with_moocore() -> None:
     moocore = pytest.importorskip("moocore")
     generator = np.random.default_rng(0)
-    for _ in range(50):
+    for _ in range(500):
         points = generator.integers(0, 6, size=(7, 2)).astype(float)
         reference = np.array([-1.0, -1.0])
         expected = moocore.hypervolume(points, ref=reference, maximise=True)
@@ -119,24 +116,25 @@ def test_no_rows_give_no_number() -> None:
     nothing = estimate(bootstrap_weights(3, 100, 0), np.zeros(3), np.zeros(3), confidence=0.95, rate=False)
     assert nothing.mean is None
     assert nothing.n == 0
-    assert upper_bound(bootstrap_weights(3, 100, 0), np.zeros(3), np.zeros(3), level=0.95, rate=True)[0] == np.inf
+    assert binomial_bound(0, 0, 0.95) == np.inf
+    assert binomial_p(0, 0, 0.5) == 1.0
 
 
 def test_upper_bound_is_clopper_pearson_for_independent_rows() -> None:
-    sums = np.array([1.0] * 7 + [0.0] * 93)
-    bound, method = upper_bound(bootstrap_weights(100, 200, 0), sums, np.ones(100), level=0.95, rate=True)
     exact = scipy_stats.binomtest(7, 100).proportion_ci(confidence_level=0.90, method="exact").high
-    assert method == "exact binomial"
+    bound = binomial_bound(7, 100, 0.95)
     assert bound == pytest.approx(exact)
-    assert upper_bound(bootstrap_weights(4, 200, 0), np.ones(4), np.ones(4), level=0.95, rate=True)[0] == 1.0
+    # The test that it belongs to rejects exactly the limits from there on.
+    assert binomial_p(7, 100, bound + 1e-6) < 0.05 < binomial_p(7, 100, bound - 1e-6)
+    assert binomial_bound(4, 4, 0.95) == 1.0
 
 
-def test_upper_bound_of_a_mean_is_one_sided() -> None:
-    generator = np.random.default_rng(5)
-    sums = generator.normal(size=400)
-    bound, method = upper_bound(bootstrap_weights(400, 4000, 6), sums, np.ones(400), level=0.95, rate=False)
-    assert "approximate" in method
-    assert bound == pytest.approx(sums.mean() + 1.645 * sums.std() / 20, abs=0.02)
+def test_a_rate_with_one_row_a_cluster_has_wilsons_interval() -> None:
+    sums = np.array([1.0] * 7 + [0.0] * 93)
+    found = estimate(bootstrap_weights(100, 200, 0), sums, np.ones(100), confidence=0.95, rate=True)
+    expected = scipy_stats.binomtest(7, 100).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert wilson(0.0, 10, 0.95)[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_rows_needed_by_hand() -> None:
@@ -190,12 +188,11 @@ def test_the_walk_keeps_its_error_rate_where_the_best_looking_ratio_does_not() -
     """Ten ratios whose true rate is just over the limit at each: any certified one is a false certification."""
     generator = np.random.default_rng(7)
     limit, n, walk, naive = 0.1, 100, 0, 0
-    weights = bootstrap_weights(n, 100, 0)
     for _ in range(400):
         passes, looks = [], []
         for _ratio in range(10):
             values = (generator.random(n) < limit + 1e-9).astype(float)
-            passes.append(upper_bound(weights, values, np.ones(n), level=0.95, rate=True)[0] <= limit)
+            passes.append(binomial_p(round(values.sum()), n, limit) <= 0.05)
             looks.append(values.mean() <= limit)
         walk += any(fixed_sequence(passes))
         naive += any(looks)

@@ -1,0 +1,1 @@
+"""Statistics of the evaluation: arrays in, numbers out."""
