@@ -1,4 +1,4 @@
-"""A finished run as one HTML page, a figure and a table: rebuilt from the stored records, with no model."""
+"""A finished run as one HTML page, a figure, tables and other tools' formats: from its records, with no model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def report(run: Path) -> Path:
-    """Rebuild frontier.png, points.csv and report.html of a run directory; gives the path of report.html."""
+    """Rebuild what a run directory holds for people and other tools; gives the path of report.html."""
     from psacpo.evalharness.report.run import report as job
 
     return job(run)

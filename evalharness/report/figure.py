@@ -16,8 +16,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from psacpo.evalharness.config import Axes, Better, Constraint
+from psacpo.evalharness.config import Axes, Constraint
+from psacpo.evalharness.judges.settings import Better
 from psacpo.evalharness.report.labels import place, spread
+from psacpo.evalharness.report.names import chosen_text, mark, words
+from psacpo.evalharness.report.names import place as place_of
 from psacpo.evalharness.report.schema import Frontier, Policy, parse_frontier
 from psacpo.evalharness.report.table import ratio_text
 
@@ -37,6 +40,8 @@ _BASELINE_MARKERS = "s^Dv*PX"
 _GREY = "#666666"
 # A point that is at least as certain to be on the frontier looks like any other.
 _FAINT = 0.75
+# Nothing of the time or the version goes into the files: the same frontier gives the same bytes.
+_METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -56,6 +61,8 @@ _STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "text.parse_math": False,
+    # Names of elements in an SVG are random without it.
+    "svg.hashsalt": "psacpo",
 }
 
 
@@ -65,18 +72,18 @@ def draw(frontier: Mapping[str, Any]) -> bytes:
     Raises:
         InputError: The mapping is no frontier.json of schema 1.
     """
-    return draw_frontier(parse_frontier(frontier))
+    return draw_frontier(parse_frontier(frontier), ["png"])["png"]
 
 
-def draw_frontier(frontier: Frontier) -> bytes:
-    """`draw` for a frontier that is read already."""
+def draw_frontier(frontier: Frontier, kinds: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
+    """The figure of a frontier that is read already, as {"png": .., "svg": ..}; letters in the SVG are outlines."""
     plain = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context(plain | _STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names may be in any script
-        return _png(frontier)
+        return _pictures(frontier, kinds)
 
 
-def _png(frontier: Frontier) -> bytes:
+def _pictures(frontier: Frontier, kinds: Sequence[str]) -> dict[str, bytes]:
     spans = frontier.spans()
     rates = [name for name in frontier.rates() if any(point[name].mean is not None for point in frontier.points)]
     height = HEIGHT_AUDIT if len(spans) > 1 and rates else HEIGHT
@@ -99,19 +106,24 @@ def _png(frontier: Frontier) -> bytes:
         _label_points(panel, canvas.get_renderer(), frontier, policies, span)
     if rates:
         _label_rates(panels[-1], canvas.get_renderer(), ends)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+    written = {}
+    for kind in kinds:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=_METADATA[kind])
+        written[kind] = buffer.getvalue()
+    return written
 
 
 def headline(frontier: Frontier) -> str:
     """The verdict in one line."""
     limits = " and ".join(constraint_text(constraint) for _, constraint in frontier.choice.parsed())
     sure = f" at {frontier.choice.confidence * 100:g} % confidence"
-    if frontier.choice.ratio is not None:
-        line = f"Chosen ratio q = {ratio_text(frontier.choice.ratio)}"
+    if frontier.chosen is not None:
+        line = "Chosen weights: " if frontier.mixed else "Chosen ratio "
+        line += chosen_text(frontier.chosen)
         return line + (f": meets {limits}{sure}" if limits else "")
-    return f"No ratio meets {limits}{sure}" if limits else "No ratio was chosen"
+    kind = words(frontier).kind
+    return f"No {kind} meets {limits}{sure}" if limits else f"No {kind} was chosen"
 
 
 def constraint_text(constraint: Constraint) -> str:
@@ -139,7 +151,8 @@ def _scatter(panel: Any, frontier: Frontier, span: Axes) -> tuple[list[Policy], 
 
     points = _placed(frontier.points, span)
     curve = np.array([at(point) for point in points]).reshape(-1, 2)
-    panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
+    if not frontier.mixed:  # the points of a simplex lie on no line
+        panel.plot(curve[:, 0], curve[:, 1], color="#9DB9CC", lw=1.4, zorder=2)
     for point, filled in zip(points, _filled(frontier, span), strict=True):
         _bars(panel, point, span, _POINT)
         sure = 0.35 + 0.65 * _certainty(frontier, point, span)
@@ -249,8 +262,8 @@ def _label_points(panel: Any, renderer: Any, frontier: Frontier, policies: Seque
     scale = DPI / 100
     texts, places = [], []
     for policy in policies:
-        chosen = policy.ratio is not None and policy.ratio == frontier.choice.ratio
-        name = _short(policy.name) if policy.ratio is None else f"q={ratio_text(policy.ratio)}"
+        chosen = policy is frontier.chosen
+        name = _short(mark(policy, frontier)) if policy.ratio is None else f"q={ratio_text(policy.ratio)}"
         texts.append(
             panel.text(
                 0,
@@ -258,7 +271,7 @@ def _label_points(panel: Any, renderer: Any, frontier: Frontier, policies: Seque
                 name + (" chosen" if chosen else ""),
                 fontsize=9 if not chosen else 9.5,
                 fontweight="bold" if chosen else "normal",
-                color=_CHOSEN if chosen else _BASELINE if policy.ratio is None else "#1F3B4D",
+                color=_CHOSEN if chosen else "#1F3B4D" if policy.swept else _BASELINE,
                 ha="center",
                 va="center",
                 zorder=8,
@@ -272,7 +285,7 @@ def _label_points(panel: Any, renderer: Any, frontier: Frontier, policies: Seque
     sizes = np.array([[extent.width, extent.height] for extent in extents]) + np.array([5.0, 2.0]) * scale
     others = [t.get_window_extent(renderer).extents for t in panel.texts if t not in texts]
     frame = panel.bbox.extents
-    order = sorted(range(len(policies)), key=lambda i: policies[i].ratio != frontier.choice.ratio)
+    order = sorted(range(len(policies)), key=lambda i: policies[i] is not frontier.chosen)
     centres = place(
         anchors,
         sizes,
@@ -309,13 +322,14 @@ def _short(name: str, length: int = 28) -> str:
 
 def _rates(panel: Any, frontier: Frontier, rates: Sequence[str]) -> list[tuple[float, str, str]]:
     """Each rate as a curve over the ratio with its interval; gives where, what and in which colour to name at the right."""
-    panel.set_title("Rates by ratio", pad=8)
-    ratios = [point.ratio or 0.0 for point in frontier.points]
+    panel.set_title(f"Rates by {words(frontier).kind}", pad=8)
+    ratios = [place_of(point, frontier) or 0.0 for point in frontier.points]
     ends = []
     top = 0.0
     for number, name in enumerate(rates):
         colour = _RATES[number % len(_RATES)]
-        known = [(point.ratio or 0.0, point[name]) for point in frontier.points if point[name].mean is not None]
+        shown = zip(ratios, frontier.points, strict=True)
+        known = [(ratio, point[name]) for ratio, point in shown if point[name].mean is not None]
         x = [ratio for ratio, _ in known]
         y = [estimate.mean or 0.0 for _, estimate in known]
         low = [e.low if e.low is not None else e.mean or 0.0 for _, e in known]
@@ -330,15 +344,17 @@ def _rates(panel: Any, frontier: Frontier, rates: Sequence[str]) -> list[tuple[f
                 panel.axhline(constraint.limit, color=colour, lw=1.2, ls=(0, (5, 3)), zorder=3)
                 ends.append((constraint.limit, "limit " + constraint_text(constraint), colour))
                 top = max(top, min(constraint.limit, 1.0))
-    if frontier.choice.ratio is not None:
-        panel.axvline(frontier.choice.ratio, color=_CHOSEN, lw=1.3, zorder=1)
+    if frontier.chosen is not None:
+        panel.axvline(place_of(frontier.chosen, frontier) or 0.0, color=_CHOSEN, lw=1.3, zorder=1)
     panel.set_ylim(-0.02 * max(top, 0.02), 1.08 * max(top, 0.02))
     span = (max(ratios) - min(ratios)) or 1.0
     panel.set_xlim(min(ratios) - 0.02 * span, max(ratios) + 0.02 * span)
     if len(ratios) <= 11:
-        panel.set_xticks(ratios, [ratio_text(ratio) for ratio in ratios])
+        panel.set_xticks(ratios, [mark(point, frontier) for point in frontier.points])
+    elif frontier.mixed:
+        panel.set_xticks([])
     panel.tick_params(axis="x", labelsize=8.5)
-    panel.set_xlabel("ratio q   (0: reward, 1: safety)")
+    panel.set_xlabel(words(frontier).axis)
     return ends
 
 
@@ -374,14 +390,14 @@ def _legend(figure: Figure, frontier: Frontier, spans: Sequence[Axes]) -> None:
     # Only what is in the picture: a mark that is explained and nowhere to be seen is looked for.
     entries = [
         (True in filled, spot(mfc=_POINT), "not dominated"),
-        (False in filled, spot(mfc="none"), "dominated by another ratio"),
+        (False in filled, spot(mfc="none"), f"dominated by another {words(frontier).kind}"),
         (min(sure, default=1.0) < _FAINT, spot(mfc=_POINT, alpha=0.35), "fainter: less likely on the frontier"),
         (
             any(point is frontier.chosen for point, _ in policies),
             spot(mfc="none", mec=_CHOSEN, markersize=12, mew=2),
-            "chosen ratio",
+            f"chosen {words(frontier).kind}",
         ),
-        (any(p.ratio is None for p, _ in policies), spot(marker="s", mec="white", mfc=_BASELINE), "baseline"),
+        (any(not p.swept for p, _ in policies), spot(marker="s", mec="white", mfc=_BASELINE), "baseline"),
         (
             any(p[name].low is not None for p, span in policies for name in (span.reward, span.cost)),
             Line2D([], [], color=_GREY, lw=1),

@@ -5,23 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
-from itertools import chain, pairwise, zip_longest
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from psacpo.evalharness.judges.llm_replies import position_report
+from psacpo.evalharness.report.content import categories_left_out, choose_prompts, content
 from psacpo.evalharness.report.figure import constraint_text, headline
+from psacpo.evalharness.report.names import chosen_text, label, words
 from psacpo.evalharness.report.records import Completion, Run, Verdict
-from psacpo.evalharness.report.schema import Frontier, Policy
-from psacpo.evalharness.report.table import UNDEFINED, Column, columns, ratio_text
+from psacpo.evalharness.report.schema import Estimate, Frontier, Policy
+from psacpo.evalharness.report.table import UNDEFINED, Column, columns
 
-MAX_PROMPTS = 200
-MAX_CHARACTERS = 8_000_000  # of completions in the page; browsers open that at once
 MAX_COLUMNS = 7  # metrics side by side in one table of the page, which is then no wider than a laptop's window
-MAX_RAW = 400  # characters of a judge's own words
 
 _COUNTS = {
     "prompts": "prompts",
@@ -30,49 +31,61 @@ _COUNTS = {
     "truncated": "completions cut at the token limit",
     "empty": "empty completions",
     "invalid": "invalid verdicts",
+    "failed": "verdicts that could not be asked for",
 }
+_FAILURES = ("truncated", "empty", "invalid", "failed")
 
 
-def page(run: Run, figure: bytes) -> str:
-    """The whole page.
-
-    Args:
-        run: The run's records, already free of control characters.
-        figure: PNG bytes, shown at half their pixels.
-    """
+def page(run: Run) -> str:
+    """The whole page of a run's records, which are free of control characters already."""
     frontier = run.frontier
-    style, script = _asset("report.css"), _asset("report.js")
-    shown = _choose_prompts(run)
+    style, script = _asset("report.css"), _asset("plots.js") + _asset("report.js")
+    shown = choose_prompts(run)
     table = columns(frontier)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html: str = environment.from_string(_asset("report.html.jinja")).render(
+    html: str = _template().render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
-        figure=base64.b64encode(figure).decode("ascii"),
         figure_alt=_describe(frontier),
         headline=headline(frontier),
         frontier=frontier,
         chosen=frontier.chosen,
+        spans=frontier.spans(),
+        dominated=any(point.nondominated is False for point in frontier.points),
+        texts=run.texts,
         limits=_limits(frontier),
+        held=_held_out(frontier, table),
+        naive=_naive(frontier),
+        failures=[(_COUNTS[key], value) for key in _FAILURES if (value := frontier.counts.get(key))],
+        positions=_positions(run),
         tiles=_tiles(frontier, table),
         table=table,
         tables=[table[start : start + MAX_COLUMNS] for start in range(0, len(table), MAX_COLUMNS)] or [[]],
         same_prompts=len({policy.n_prompts for policy in frontier.policies()}) == 1,
         bounds=[(text, constraint_text(constraint)) for text, constraint in frontier.choice.parsed()],
+        on_axis=any(
+            one.metric in (span.reward, span.cost) for span in frontier.spans() for _, one in frontier.choice.parsed()
+        ),
         policies=frontier.policies(),
         best=_is_best,
         number=_number,
-        ratio=ratio_text,
+        label=label,
+        words=words(frontier),
         confidence=f"{frontier.choice.confidence * 100:g} %",
         counts=[(_COUNTS.get(key, key), value) for key, value in frontier.counts.items()],
         quality=_quality(run),
-        judges=[(name, judge, _source(judge.model or judge.callable)) for name, judge in frontier.judges.items()],
+        judges=[
+            (name, judge, _source(judge.source or judge.model or judge.callable))
+            for name, judge in frontier.judges.items()
+        ],
+        settings=_settings(run),
+        inputs=_inputs(run),
         warnings=[*frontier.warnings, *run.notes],
         shown=len(shown),
+        categories_left=categories_left_out(run),
         left_out=len(run.prompts) - len(shown),
-        data=Markup(embeddable(_data(run, shown))),
+        data=Markup(embeddable(content(run, table, shown))),
     )
     return html
 
@@ -85,6 +98,12 @@ def embeddable(value: object) -> str:
     return text
 
 
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_asset("report.html.jinja"))
+
+
 def _asset(name: str) -> str:
     return files("psacpo.evalharness.report").joinpath(name).read_text(encoding="utf-8")
 
@@ -95,7 +114,7 @@ def _csp_hash(text: str) -> str:
 
 
 def _is_best(policy: Policy, column: Column) -> bool:
-    return policy.ratio is not None and column.best is not None and policy[column.metric].mean == column.best
+    return policy.swept and column.best is not None and policy[column.metric].mean == column.best
 
 
 def _number(value: float | None) -> str:
@@ -104,15 +123,15 @@ def _number(value: float | None) -> str:
 
 
 def _source(name: str | None) -> str:
-    """Where a judge comes from, without the machine's directories."""
-    return (name or "").rstrip("/").rsplit("/", 1)[-1] if (name or "").startswith("/") else name or ""
+    """What a model is called, without the machine's directories."""
+    return re.split(r"[\\/]", name.rstrip("/"))[-1] if name and re.match(r"[\\/~.]|[A-Za-z]:", name) else name or ""
 
 
 def _describe(frontier: Frontier) -> str:
     """What the figure shows, for those who cannot see it."""
     axes = frontier.axes
     steps = "; ".join(
-        f"q = {ratio_text(point.ratio or 0.0)}: "
+        f"{chosen_text(point)}: "
         + ", ".join(
             f"{name} {UNDEFINED if point[name].mean is None else format(point[name].mean, '.3g')}"
             for name in (axes.reward, axes.cost)
@@ -123,14 +142,78 @@ def _describe(frontier: Frontier) -> str:
 
 
 def _limits(frontier: Frontier) -> list[dict[str, Any]]:
-    """Each constraint with the chosen point's bound on it."""
+    """Each constraint with the chosen point's bound on it and the test behind it."""
     chosen = frontier.chosen
     shown = []
     for text, constraint in frontier.choice.parsed():
         bound = chosen.bounds.get(text) if chosen else None
         side = "upper" if constraint.sense == "<=" else "lower"
-        shown.append({"text": constraint_text(constraint), "side": side, "bound": bound})
+        test = chosen.tests.get(text) if chosen else None
+        words = [] if test is None or test.p is None else [f"p = {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"]
+        if test and test.rows is not None:
+            words.append(f"{test.rows} answers in {test.clusters} clusters")
+        said = "".join(f", {word}" for word in words)
+        shown.append({"text": constraint_text(constraint), "side": side, "bound": bound, "test": said})
     return shown
+
+
+def _held_out(frontier: Frontier, table: Sequence[Column]) -> dict[str, Any] | None:
+    """The chosen policy's numbers on prompts that took no part in its choice."""
+    held = frontier.choice.holdout
+    if held is None or frontier.chosen is None:
+        return None
+    write = {column.metric: column for column in table}
+
+    def said(metric: str) -> str:
+        found = held.metrics.get(metric, Estimate())
+        column = write[metric]
+        if found.low is None or found.high is None:
+            return f"{metric} {column.write(found.mean)}"
+        return f"{metric} {column.write(found.mean)} [{column.write(found.low)}, {column.write(found.high)}]"
+
+    limits = [(text, c) for text, c in frontier.choice.parsed() if c.metric in write]
+    return {
+        "lines": [(constraint_text(c), held.meets.get(text, False), said(c.metric)) for text, c in limits],
+        "reward": said(frontier.axes.reward),
+        "prompts": UNDEFINED if held.prompts is None else held.prompts,
+    }
+
+
+def _naive(frontier: Frontier) -> dict[str, str] | None:
+    """What the best mean alone would have chosen."""
+    naive = frontier.choice.naive
+    if naive is None or (naive.ratio is None and not naive.weights):
+        return None
+    same = (frontier.choice.ratio, frontier.choice.weights) == (naive.ratio, naive.weights)
+    state = (
+        " (the same)"
+        if same
+        else ""
+        if naive.certified is None
+        else " (certified)"
+        if naive.certified
+        else " (not certified)"
+    )
+    return {"text": chosen_text(naive) + state, "why": naive.why}
+
+
+def _positions(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """How the verdicts of each judge that compares two answers hang on their order."""
+    found = []
+    for name in run.frontier.judges:
+        said = [
+            item.verdicts[name] for samples in run.completions.values() for item in samples if name in item.verdicts
+        ]
+        if not any(verdict.raw and verdict.raw.startswith("{") for verdict in said):
+            continue
+        records = [
+            {"raw": v.raw, "valid": v.score is not None} | ({} if v.content is None else {"content": v.content})
+            for v in said
+        ]
+        report = position_report(records)
+        if report["n"]:
+            found.append((name, report))
+    return found
 
 
 def _tiles(frontier: Frontier, table: Sequence[Column]) -> list[dict[str, Any]]:
@@ -141,7 +224,7 @@ def _tiles(frontier: Frontier, table: Sequence[Column]) -> list[dict[str, Any]]:
     wanted |= {constraint.metric for _, constraint in frontier.choice.parsed()}
     others: list[Policy] = [frontier.points[0], frontier.points[-1], *frontier.baselines[:1]]
     others = [policy for policy in others if policy.name != frontier.chosen.name]
-    named = {p.name: p.name if p.ratio is None else f"q = {ratio_text(p.ratio)}" for p in others}
+    named = {p.name: label(p) for p in others}
     return [
         {
             "column": column,
@@ -151,6 +234,36 @@ def _tiles(frontier: Frontier, table: Sequence[Column]) -> list[dict[str, Any]]:
         for column in table
         if column.metric in wanted
     ]
+
+
+def _settings(run: Run) -> list[tuple[str, str]]:
+    """How the answers were made, as far as psacpo.json says it: no directory of the machine is among it."""
+    config, engine = run.config, run.manifest.get("engine")
+    engine = engine if isinstance(engine, dict) else {}
+    generation = config.get("generation")
+    rows: list[tuple[str, object]] = [
+        ("psacpo", run.manifest.get("psacpo")),
+        ("engine", engine.get("version") or engine.get("name")),
+        ("numbers", config.get("dtype")),
+        ("base", _source(str(config.get("base") or ""))),
+        ("samples a prompt", config.get("samples")),
+        *((generation if isinstance(generation, dict) else {}).items()),
+        ("seed", config.get("seed")),
+        ("bootstrap draws", config.get("resamples")),
+        ("prompts that begin with a doubled token (a second BOS)", _doubled(run)),
+    ]
+    return [(name, str(value)) for name, value in rows if value not in (None, "", [])]
+
+
+def _doubled(run: Run) -> str | None:
+    """How many prompts begin with one token twice: a chat template's BOS and the tokenizer's, of which one is too many."""
+    tokens = [ids for row in run.prompts.values() if isinstance(ids := row.get("prompt_ids"), list) and len(ids) > 1]
+    return f"{sum(ids[0] == ids[1] for ids in tokens)} of {len(tokens)}" if tokens else None
+
+
+def _inputs(run: Run) -> list[tuple[str, str]]:
+    found = run.manifest.get("inputs")
+    return [(str(name), str(value)) for name, value in found.items()] if isinstance(found, dict) else []
 
 
 def _by_name(policies: Sequence[Policy]) -> list[tuple[str, Policy]]:
@@ -180,119 +293,3 @@ def _quality(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _choose_prompts(run: Run) -> list[str]:
-    """Ids of the prompts in the page, in the file's order: categories in turn, up to the limits on number and size."""
-    groups: dict[str, list[str]] = {}
-    for key, row in run.prompts.items():
-        groups.setdefault(_category(row), []).append(key)
-    sizes = dict.fromkeys(run.prompts, 0)
-    for (_, key), samples in run.completions.items():
-        sizes[key] += sum(len(item.text) for item in samples)
-    chosen: set[str] = set()
-    total = 0
-    for key in filter(None, chain.from_iterable(zip_longest(*groups.values()))):
-        total += sizes[key]
-        if len(chosen) >= MAX_PROMPTS or (chosen and total > MAX_CHARACTERS):
-            break
-        chosen.add(key)
-    return [key for key in run.prompts if key in chosen]
-
-
-def _category(row: Mapping[str, Any]) -> str:
-    value = row.get("category")
-    return "" if value is None else str(value)
-
-
-def _data(run: Run, shown: Sequence[str]) -> dict[str, Any]:
-    """What the page's script shows: policies, judges, and per prompt each policy's answers with their scores."""
-    frontier = run.frontier
-    judges = list(frontier.judges)
-    harm = _harm_limits(frontier)
-    audit = (
-        {frontier.metrics[name].judge for name in (frontier.audit.reward, frontier.audit.cost)}
-        if frontier.audit
-        else set()
-    )
-    policies = [
-        {
-            "name": policy.name,
-            "label": policy.name if policy.ratio is None else f"q = {ratio_text(policy.ratio)}",
-            "ratio": policy.ratio,
-            "chosen": policy is frontier.chosen,
-        }
-        for policy in frontier.policies()
-    ]
-    prompts = [
-        {
-            "id": key,
-            "category": _category(run.prompts[key]),
-            "messages": run.prompts[key]["messages"],
-            "answers": [
-                [_answer(item, judges, harm) for item in run.completions.get((policy.name, key), [])]
-                for policy in frontier.policies()
-            ],
-        }
-        for key in shown
-    ]
-    described = [{"name": n, "better": frontier.judges[n].better, "audit": n in audit} for n in judges]
-    shown_first = next((i for i, p in enumerate(frontier.points) if p is frontier.chosen), len(frontier.points) - 1)
-    changes = [_change(prompt["answers"][: len(frontier.points)], shown_first) for prompt in prompts]
-    first = changes.index(max(changes)) if changes else 0
-    return {"policies": policies, "judges": described, "prompts": prompts, "first": first}
-
-
-def _change(answers: Sequence[Sequence[Mapping[str, Any]]], place: int) -> tuple[bool, int, int]:
-    """How much a prompt's answers change over the ratios, larger first: whether the page's first two differ in safety,
-    how seldom the verdict turns (once is clear, to and fro is chance), and how many different texts there are.
-
-    Args:
-        answers: The answers at each ratio.
-        place: The ratio that the page opens at, beside the lowest.
-    """
-    unsafe = [any(answer["unsafe"] == 1 for answer in found) for found in answers]
-    turns = sum(before != after for before, after in pairwise(unsafe))
-    texts = {tuple(answer["text"] for answer in found) for found in answers}
-    return unsafe[0] and not unsafe[place], -turns if turns else -len(answers), len(texts)
-
-
-def _harm_limits(frontier: Frontier) -> dict[str, float]:
-    """Judge -> the score above which it calls an answer unsafe: the judges of the cost axes.
-
-    The limit is that of a metric on the same judge; without one it is 0, where the Beaver cost models turn.
-    """
-    limits = {}
-    for span in frontier.spans():
-        judge = frontier.metrics[span.cost].judge
-        above = [metric.above for metric in frontier.metrics.values() if metric.judge == judge]
-        limits[judge] = min((limit for limit in above if limit is not None), default=0.0)
-    return limits
-
-
-def _answer(item: Completion, judges: Sequence[str], harm: Mapping[str, float]) -> dict[str, Any]:
-    """One answer for the script. `unsafe` is 1 where a judge of harm says so and -1 where none could say."""
-    verdicts = [item.verdicts.get(judge) for judge in judges]
-    known = [(v.score, limit) for name, limit in harm.items() if (v := item.verdicts.get(name)) and v.score is not None]
-    unsafe = any(score > limit for score, limit in known)
-    answer: dict[str, Any] = {
-        "text": item.text,
-        "unsafe": 1 if unsafe else 0 if known else -1,
-        "scores": [None if v is None or v.score is None else float(f"{v.score:.4g}") for v in verdicts],
-    }
-    if item.n_tokens is not None:
-        answer["tokens"] = item.n_tokens
-    if item.truncated:
-        answer["cut"] = True
-    if item.sample:
-        answer["sample"] = item.sample
-    words = {judge: _words(verdict) for judge, verdict in zip(judges, verdicts, strict=True) if verdict}
-    if words := {judge: text for judge, text in words.items() if text}:
-        answer["words"] = words
-    return answer
-
-
-def _words(verdict: Verdict) -> str:
-    """A judge's label and own words, shortened."""
-    text = ": ".join(part for part in (verdict.label, verdict.raw) if part)
-    return text if len(text) <= MAX_RAW else text[: MAX_RAW - 1] + "…"

@@ -1,4 +1,7 @@
-"""A run directory's records, read back: only what belongs to the run's present settings, every string harmless."""
+"""A run directory's records, read back: only what belongs to the run's present settings, every string harmless.
+
+A run that was made from a user's own scores may have no completions: its points are then all there is.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,28 @@ PLAN = "plan.json"
 PROMPTS = "prompts.jsonl"
 COMPLETIONS = "completions.jsonl"
 VERDICTS = "verdicts.jsonl"
+MANIFEST = "psacpo.json"
+# Rules that are always there by another name than the kind of judge that they are.
+_SAME = {"refused": "refusal"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One judge's view of one completion; `score` is None where the verdict is invalid."""
+    """One judge's view of one completion; `score` is None where the verdict is invalid.
+
+    Attributes:
+        failed: The judge could not be asked.
+        usage: What asking took, such as {"prompt_tokens": 812}.
+        content: Digest of all that the judge read; equal for answers that were judged once for all.
+    """
 
     score: float | None
     label: str | None = None
     raw: str | None = None
+    probability: float | None = None
+    failed: bool = False
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,8 @@ class Completion:
     n_tokens: int | None
     truncated: bool
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    key: str = ""
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,22 @@ class Run:
         prompts: Prompt id -> its row, in the file's order.
         completions: (policy, prompt id) -> its samples in order.
         notes: What the files lack or hold beyond the frontier, one sentence each.
+        manifest: psacpo.json, empty where there is none.
+        texts: Whether the run has completions at all; a run made from scores has none.
     """
 
     frontier: Frontier
     prompts: dict[str, dict[str, Any]]
     completions: dict[tuple[str, str], list[Completion]]
     notes: list[str]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    texts: bool = True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings that the run was made with, empty where nobody knows."""
+        found = self.manifest.get("config")
+        return found if isinstance(found, dict) else {}
 
 
 def read_run(run: Path) -> Run:
@@ -69,6 +97,11 @@ def read_run(run: Path) -> Run:
     if not (run / FRONTIER).is_file():
         raise InputError(f"{run} holds no {FRONTIER}", allowed="the output directory of a finished psacpo frontier")
     frontier = parse_frontier(_read_json(run / FRONTIER), where=str(run / FRONTIER))
+    manifest = _read_json(run / MANIFEST) if (run / MANIFEST).is_file() else {}
+    if not isinstance(manifest, dict):
+        raise InputError(f"{run / MANIFEST} is damaged: not a JSON object")
+    if not any((run / name).exists() for name in (PLAN, COMPLETIONS)):
+        return Run(frontier, {}, {}, [], manifest, texts=False)
     planned = _planned(run / PLAN)
     prompts = {_get(row, "id", str, where): row for where, row in _read_lines(run / PROMPTS)}
     for key, row in prompts.items():
@@ -86,7 +119,7 @@ def read_run(run: Path) -> Run:
         notes.append(f"{missing} of {len(planned)} planned completions have no record in {COMPLETIONS}.")
     if strange := len(found) - len(kept):
         notes.append(f"{strange} completions are of policies or prompts that {FRONTIER} and {PROMPTS} do not hold.")
-    return Run(frontier, prompts, grouped, notes)
+    return Run(frontier, prompts, grouped, notes, manifest, texts=bool(planned))
 
 
 def _planned(path: Path) -> frozenset[str]:
@@ -115,6 +148,8 @@ def _completions(
             n_tokens=tokens if isinstance(tokens, int) else None,
             truncated=row.get("finish_reason") == "length",
             verdicts=verdicts.get(key, {}),
+            key=key,
+            finish_reason=_text(row.get("finish_reason")),
         )
     return found
 
@@ -125,28 +160,42 @@ def _verdicts(path: Path, frontier: Frontier, planned: frozenset[str]) -> dict[s
     names: dict[str, list[str]] = {}
     for name, judge in frontier.judges.items():
         names.setdefault(judge.digest, []).append(name)
+        names[judge.digest] += [rule for rule in frontier.intrinsic if _SAME.get(rule) == judge.kind]
     found: dict[str, dict[str, Verdict]] = {}
     for where, row in _read_lines(path):
         key = _get(row, "completion", str, where)
         judges = names.get(_get(row, "judge_digest", str, where), [])
+        if not judges and row.get("judge") in frontier.intrinsic:
+            # The rules that are always there have no entry among the judges.
+            judges = [str(row["judge"])]
         if key not in planned or not judges:
             continue
         score = row.get("score")
         if isinstance(score, bool) or not (score is None or isinstance(score, int | float)):
             raise InputError(f"{where} is damaged: 'score' is not a number", given=score)
         usable = score is not None and row.get("valid") is True and math.isfinite(score)
-        label, raw = row.get("label"), row.get("raw")
+        probability, usage = row.get("probability"), row.get("usage")
         verdict = Verdict(
             score=score if usable else None,
-            label=None if label is None else str(label),
-            raw=None if raw is None else str(raw),
+            label=_text(row.get("label")),
+            raw=_text(row.get("raw")),
+            probability=probability if isinstance(probability, float) and math.isfinite(probability) else None,
+            failed=row.get("failed") is True,
+            usage=usage if isinstance(usage, dict) else {},
+            content=_text(row.get("content")),
         )
         found.setdefault(key, {}).update(dict.fromkeys(judges, verdict))
     return found
 
 
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
 def _messages(prompt: object, where: str) -> list[tuple[str, str]]:
-    """A prompt as (role, content) pairs; a plain string is the user's."""
+    """A prompt as (role, content) pairs; a plain string is the user's. Scores may come without prompts."""
+    if prompt is None:
+        return []
     if isinstance(prompt, str):
         return [("user", prompt)]
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):

@@ -1,20 +1,12 @@
 // Shows the completions. Every text of a model enters the page through textContent, never as markup.
-"use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const { data, get, make } = psacpo;
   const { policies, judges, prompts } = data;
-  const get = (id) => document.getElementById(id);
+  if (!prompts.length || !get("viewer")) return;
   const swept = policies.map((policy, index) => index).filter((index) => policies[index].ratio !== null);
   const revealed = new Set();
   let current = null;
 
-  // A new element with a class and text.
-  const make = (tag, className, text) => {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
   const option = (value, text) => {
     const element = make("option", "", text);
     element.value = value;
@@ -30,7 +22,10 @@
     all: ["all prompts", () => true],
     flip: ["unsafe at the lowest ratio, safe at the highest", (prompt) =>
       unsafeAt(prompt, swept[0]) && !unsafeAt(prompt, swept[swept.length - 1])],
+    back: ["safe at the lowest ratio, unsafe at the highest", (prompt) =>
+      !unsafeAt(prompt, swept[0]) && unsafeAt(prompt, swept[swept.length - 1])],
     unsafe: ["unsafe at the chosen ratio", (prompt) => unsafeAt(prompt, chosen)],
+    split: ["judges differ on what is unsafe", (prompt) => answersOf(prompt).some((answer) => answer.split)],
     cut: ["with a completion that was cut", (prompt) => answersOf(prompt).some((answer) => answer.cut)],
     invalid: ["with a missing or invalid verdict", (prompt) =>
       answersOf(prompt).some((answer) => answer.scores.includes(null))],
@@ -43,20 +38,27 @@
     const facts = make("p", "facts-line");
     if (answer.unsafe === 1) facts.append(make("span", "tag unsafe", "judged unsafe"));
     if (answer.unsafe === -1) facts.append(make("span", "tag unsafe", "not judged for harm"));
+    if (answer.split) facts.append(make("span", "tag", "judges differ"));
     if (answer.cut) facts.append(make("span", "tag", "cut"));
     const size = answer.tokens === undefined ? "" : answer.tokens + " tokens";
     facts.append(many ? "sample " + ((answer.sample || 0) + 1) + (size ? ", " + size : "") : size);
     box.append(facts);
     const text = make("p", "text", answer.text || "(empty)");
+    // A judge may quote what it judged: its words are veiled with the text.
+    const words = Object.entries(answer.words || {}).map(([judge, said]) => make("p", "words", judge + " said: " + said));
     if (answer.unsafe !== 0 && !revealed.has(id) && !get("reveal").checked) {
       const veil = make("div", "veil");
       const button = make("button", "", "Show this text");
       button.type = "button";
       text.setAttribute("aria-hidden", "true");
+      words.forEach((line) => { line.hidden = true; });
       button.addEventListener("click", () => {
         revealed.add(id);
         text.removeAttribute("aria-hidden");
+        text.tabIndex = -1;
+        words.forEach((line) => { line.hidden = false; });
         veil.replaceWith(text);
+        text.focus();
       });
       veil.append(text, button);
       box.append(veil);
@@ -69,10 +71,7 @@
       const arrow = judge.better === "higher" ? " ↑ " : " ↓ ";
       scores.append(make("li", judge.audit ? "audit" : "", judge.name + arrow + (score === null ? "no valid score" : score)));
     });
-    box.append(scores);
-    for (const [judge, words] of Object.entries(answer.words || {})) {
-      box.append(make("p", "words", judge + " said: " + words));
-    }
+    box.append(scores, ...words);
     return box;
   };
 
@@ -90,11 +89,25 @@
     return box;
   };
 
+  // The policies beside the one at the slider: its neighbours, the sweep's ends, or one by its index.
+  const companions = (place) => {
+    const beside = get("beside").value;
+    const places = beside === "near" ? [place - 1, place, place + 1] : [0, place, swept.length - 1];
+    if (beside !== "near" && beside !== "ends") return [swept[place], Number(beside)];
+    return [...new Set(places)].filter((at) => at in swept).sort((a, b) => a - b).map((at) => swept[at]);
+  };
   const showPair = () => {
-    const index = swept[Number(get("ratio").value)];
+    const place = Number(get("ratio").value);
+    const index = swept[place];
     get("ratio-text").textContent = policies[index].label;
-    get("ratio").setAttribute("aria-valuetext", policies[index].label);
-    if (current) get("pair").replaceChildren(card(current, index), card(current, Number(get("beside").value)));
+    get("ratio").setAttribute("aria-valuetext", policies[index].label + (policies[index].chosen ? ", chosen" : ""));
+    if (!current) return;
+    const cards = companions(place).map((at) => {
+      const box = card(current, at);
+      if (at === index) box.classList.add("current");
+      return box;
+    });
+    get("pair").replaceChildren(...cards);
   };
   const showAll = () => {
     const open = get("all-box").open && current;
@@ -139,14 +152,15 @@
     if (found.length) show(prompts[found.includes(prompts.indexOf(current)) ? prompts.indexOf(current) : found[0]]);
   };
 
-  if (!prompts.length) return;
   const categories = [...new Set(prompts.map((prompt) => prompt.category))].sort();
   get("category").append(option("", "all"), ...categories.map((name) => option("=" + name, name || "(none)")));
-  get("kind").append(...Object.entries(kinds).map(([key, [text]]) => option(key, text)));
-  get("beside").append(...policies.map((policy, index) => option(index, policy.label)));
+  get("kind").append(...Object.entries(kinds).map(([key, [text, wanted]]) =>
+    option(key, text + " (" + prompts.filter(wanted).length + ")")));
+  get("beside").append(option("near", "its neighbours"), option("ends", "the two ends"),
+    ...policies.map((policy, index) => option(index, policy.label)));
   get("ratio").max = swept.length - 1;
   get("ratio").value = chosen === undefined ? swept.length - 1 : swept.indexOf(chosen);
-  get("beside").value = swept[0];
+  get("beside").value = "near";
   for (const id of ["category", "kind"]) get(id).addEventListener("change", filter);
   get("search").addEventListener("input", filter);
   get("reveal").addEventListener("change", () => { showPair(); showAll(); });
@@ -158,5 +172,12 @@
   filter();
   const list = get("prompts");
   const first = list.querySelector("[aria-current=true]");
+  psacpo.onPolicy((index) => {
+    if (policies[index].ratio === null) get("beside").value = index;
+    else get("ratio").value = swept.indexOf(index);
+    showPair();
+    get("completions").scrollIntoView();
+    get("ratio").focus({ preventScroll: true });
+  });
   if (first) list.scrollTop = first.getBoundingClientRect().top - list.getBoundingClientRect().top - 40;
 })();

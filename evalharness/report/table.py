@@ -1,4 +1,4 @@
-"""The numbers as columns: which metric stands where, how its values are written, and points.csv."""
+"""The numbers as columns: which metric stands where, how its values are written, and frontier.csv."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from psacpo.evalharness.config import Better
+from psacpo.evalharness.judges.settings import Better
 from psacpo.evalharness.report.schema import Estimate, Frontier
 
 UNDEFINED = "–"
@@ -40,7 +40,7 @@ def columns(frontier: Frontier) -> list[Column]:
     """The metrics in reading order: each axis with its audit beside it, then the constrained ones, then the rest."""
     order = [metric for pair in zip(*_axes(frontier), strict=True) for metric in pair]
     order += [constraint.metric for _, constraint in frontier.choice.parsed()]
-    order += list(frontier.metrics)
+    order += sorted(frontier.metrics, key=lambda name: frontier.metrics[name].derived)
     audit = {frontier.audit.reward, frontier.audit.cost} if frontier.audit else set()
     audit -= {frontier.axes.reward, frontier.axes.cost}
     return [_column(frontier, name, name in audit) for name in dict.fromkeys(order) if name in frontier.metrics]
@@ -55,15 +55,15 @@ def _column(frontier: Frontier, name: str, audit: bool) -> Column:
     means = [mean for point in frontier.points if (mean := point[name].mean) is not None]
     pick = max if spec.better == "higher" else min
     where = " and ".join(f"{key} is {value}" for key, value in spec.where.items())
-    what = f"mean score of judge {spec.judge}"
+    what = f"mean score of judge {spec.judge}" if spec.judge else "mean"
     if spec.above is not None:
         what = f"share of answers that judge {spec.judge} scores above {spec.above:g}"
     return Column(
         metric=name,
         better=spec.better,
-        meaning=what + (f", over prompts whose {where}" if where else ""),
+        meaning=spec.meaning or what + (f", over prompts whose {where}" if where else ""),
         # A rate is compared with a limit, so it has a digit more.
-        decimals=max(3 if name in frontier.rates() else 0, decimals(p[name] for p in frontier.policies())),
+        decimals=max(3 if frontier.is_rate(name) else 0, decimals(p[name] for p in frontier.policies())),
         audit=audit,
         best=pick(means) if means else None,
     )
@@ -82,11 +82,12 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.4g}"
 
 
-def points_csv(frontier: Frontier) -> str:
+def frontier_csv(frontier: Frontier) -> str:
     """One row per point and baseline; values in full precision, undefined ones empty."""
     names = [column.metric for column in columns(frontier)]
     header = ["name", "ratio", *(f"{name}_{part}" for name in names for part in ("mean", "low", "high"))]
     header += ["n_prompts", "p_on_frontier", "certified", "nondominated"]
+    header += [f"weight_{name}" for name in frontier.adapters]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([_cell(name) for name in header])
@@ -95,6 +96,7 @@ def points_csv(frontier: Frontier) -> str:
         for name in names:
             values += [policy[name].mean, policy[name].low, policy[name].high]
         values += [policy.n_prompts, policy.p_on_frontier, policy.certified, policy.nondominated]
+        values += [policy.weights.get(name, 0.0) if policy.weights else None for name in frontier.adapters]
         writer.writerow([_cell(value) for value in values])
     return buffer.getvalue()
 
@@ -103,6 +105,6 @@ def _cell(value: object) -> object:
     """A cell that no spreadsheet takes for a formula: text that starts like one gets an apostrophe in front."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t")):
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
     return value

@@ -1,10 +1,11 @@
-"""report(run): the page, the figure and the table of a synthetic run with hostile text everywhere a text can stand."""
+"""report(run): the page of a synthetic run with hostile text everywhere a text can stand."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -21,171 +22,36 @@ import pytest
 from matplotlib import image
 
 from psacpo.errors import InputError
+from psacpo.evalharness.report import content as content_module
 from psacpo.evalharness.report import page as page_module
 from psacpo.evalharness.report import report
 from psacpo.evalharness.report import run as run_module
-from psacpo.evalharness.report.figure import DPI, HEIGHT, HEIGHT_AUDIT, WIDTH, draw
+from psacpo.evalharness.report.figure import DPI, HEIGHT, HEIGHT_AUDIT, WIDTH
 
-MARKUP = "</script><img src=x onerror=alert(1)>"
-ANSI = "\x1b[31mred\x1b[0m"
-BIDI = "safe\u202eefasnu"
-FORMULA = "=cmd()"
-HOSTILE = f"{MARKUP} {ANSI} {BIDI} \u2028 </title><svg onload=alert(2)> {{{{ 7*7 }}}} $\\frac{{"
-RATIOS = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]
-JUDGES = {"reward": "higher", "cost": "lower", "refusal": "lower", "oracle_help": "higher", "oracle_harm": "lower"}
-METRICS = [*JUDGES, "unsafe_rate", "over_refusal"]
-LIMIT = "unsafe_rate<=0.05"
 
+def _world() -> Any:
+    """report_world.py of this directory, which is no package."""
+    spec = importlib.util.spec_from_file_location("report_world", Path(__file__).with_name("report_world.py"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+world = _world()
+make_run, synthetic, prompt_rows, lines = world.make_run, world.synthetic, world.prompt_rows, world.lines
+FORMULA, HOSTILE, RATIOS = world.FORMULA, world.HOSTILE, world.RATIOS
 MakeRun = Callable[..., Path]
-
-
-def synthetic(seed: int = 0) -> dict[str, Any]:
-    """frontier.json of nine ratios and two baselines; q = 0.5 is chosen."""
-    draw_number = np.random.default_rng(seed)
-
-    def estimate(mean: float) -> dict[str, Any]:
-        half = float(draw_number.uniform(0.01, 0.2))
-        return {"mean": mean, "low": mean - half, "high": mean + half, "n": 12}
-
-    def measured(q: float, shift: float = 0.0) -> dict[str, Any]:
-        means = [
-            1 - q**2 - shift,
-            -2 * q - 0.3 + shift,
-            0.4 * q,
-            1 - q**2 / 2 - shift,
-            0.5 - q / 2,
-            0.4 * (1 - q),
-            0.1 * q,
-        ]
-        return {name: estimate(mean) for name, mean in zip(METRICS, means, strict=True)}
-
-    points = [
-        {
-            "ratio": q,
-            "policy": f"policy@{q:g}",
-            "n_prompts": 12,
-            **measured(q),
-            "p_on_frontier": 1 - q / 3,
-            "nondominated": q != 0.25,
-            "certified": q >= 0.5,
-            "bounds": {LIMIT: 0.4 * (1 - q) + 0.01},
-        }
-        for q in RATIOS
-    ]
-    judges: dict[str, Any] = {
-        name: {"kind": "scalar", "model": f"judges/{name}", "better": better, "digest": name * 4}
-        for name, better in JUDGES.items()
-    }
-    judges["refusal"] = {"kind": "refusal", "better": "lower", "digest": "refusal" * 4}
-    metrics: dict[str, Any] = {
-        name: {"judge": name, "better": better, "above": None, "where": {}} for name, better in JUDGES.items()
-    }
-    metrics["unsafe_rate"] = {"judge": "cost", "better": "lower", "above": 0.5, "where": {"category": "harmful"}}
-    metrics["over_refusal"] = {"judge": "refusal", "better": "lower", "above": 0.5, "where": {"category": HOSTILE}}
-    return {
-        "schema": 1,
-        "axes": {"reward": "reward", "cost": "cost"},
-        "audit": {"reward": "oracle_help", "cost": "oracle_harm"},
-        "metrics": metrics,
-        "judges": judges,
-        "points": points[::-1],
-        "baselines": [
-            {"name": FORMULA, "n_prompts": 12, **measured(0.5, 0.6)},
-            {"name": HOSTILE, "n_prompts": 12, **measured(0.2, 0.9)},
-        ],
-        "hypervolume": {"value": 1.2, "low": 1.1, "high": 1.3, "reference": {"reward": 0.0, "cost": 0.0}},
-        "choice": {
-            "ratio": 0.5,
-            "policy": "policy@0.5",
-            "constraints": [LIMIT],
-            "confidence": 0.95,
-            "method": "fixed-sequence test",
-            "why": "why " + HOSTILE,
-        },
-        "counts": {"prompts": 12, "generated": 132, "invalid": 1, "truncated": 1, "clusters": 4, HOSTILE: 0},
-        "warnings": ["first warning", HOSTILE],
-        "command": "psacpo frontier " + HOSTILE,
-    }
-
-
-def prompt_rows(count: int = 12) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [
-        {"id": f"p{i}", "prompt": f"prompt number {i}", "category": ("harmful", "benign", HOSTILE)[i % 3]}
-        for i in range(count)
-    ]
-    rows[0]["prompt"] = [{"role": "system", "content": HOSTILE}, {"role": "user", "content": f"a\r\nb {HOSTILE}"}]
-    rows[1]["id"] = HOSTILE
-    return rows
-
-
-def records(frontier: dict[str, Any], prompts: list[dict[str, Any]]) -> tuple[list[Any], list[Any], list[str]]:
-    """Completions, verdicts and the plan: two samples nowhere, hostile text, one cut, one invalid, stale rows."""
-    completions, verdicts, plan = [], [], []
-    policies = [(p["policy"], p["ratio"]) for p in frontier["points"]] + [
-        (b["name"], None) for b in frontier["baselines"]
-    ]
-    for name, ratio in policies:
-        for place, row in enumerate(prompts):
-            key = hashlib.sha256(json.dumps([name, row["id"]]).encode()).hexdigest()
-            plan.append(key)
-            completions.append(
-                {
-                    "key": key,
-                    "policy": name,
-                    "ratio": ratio,
-                    "prompt_id": row["id"],
-                    "sample": 0,
-                    "text": f"{name} answers {place} {HOSTILE} \ud800",
-                    "n_tokens": 10,
-                    "finish_reason": "length" if (name, place) == ("policy@0.25", 3) else "stop",
-                }
-            )
-            for judge, better in JUDGES.items():
-                invalid = (name, place, judge) == ("policy@0", 2, "reward")
-                # Above the metric's limit of 0.5 for one answer only; between 0 and 0.5 for another.
-                score = {("policy@0", 0, "cost"): 0.75, ("policy@0", 1, "cost"): 0.25}.get((name, place, judge), -1.5)
-                verdicts.append(
-                    {
-                        "key": key + judge,
-                        "completion": key,
-                        "judge": judge,
-                        "judge_digest": judge * 4,
-                        "score": None if invalid else score,
-                        "label": None,
-                        "probability": None,
-                        "raw": HOSTILE if invalid else None,
-                        "valid": not invalid,
-                        "direction": better,
-                    }
-                )
-    stale = completions[0] | {"key": "stale", "text": "STALE COMPLETION"}
-    old_verdict = verdicts[0] | {"key": "old", "judge_digest": "another", "score": 987.5}
-    return [*completions, stale], [*verdicts, old_verdict], plan
-
-
-def lines(rows: list[Any]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    """Write a synthetic run: `make_run(change=lambda frontier: ..., prompts=12)`."""
-
-    def make(change: Callable[[dict[str, Any]], object] | None = None, *, prompts: int = 12, name: str = "run") -> Path:
-        run = tmp_path / name
-        run.mkdir()
-        frontier, rows = synthetic(), prompt_rows(prompts)
-        completions, verdicts, plan = records(frontier, rows)
-        if change is not None:
-            change(frontier)
-        (run / "frontier.json").write_text(json.dumps(frontier), encoding="utf-8")
-        (run / "plan.json").write_text(json.dumps({"completions": plan}), encoding="utf-8")
-        (run / "prompts.jsonl").write_text(lines(rows), encoding="utf-8")
-        (run / "completions.jsonl").write_text(lines(completions), encoding="utf-8")
-        (run / "verdicts.jsonl").write_text(lines(verdicts), encoding="utf-8")
-        return run
-
-    return make
+MADE = {
+    "report.html",
+    "frontier.png",
+    "frontier.svg",
+    "frontier.csv",
+    "records.parquet",
+    "model-card.md",
+    "lm-eval",
+}
 
 
 class Page(HTMLParser):
@@ -240,7 +106,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure of one pixel: for tests of the page and the table."""
     pixel = io.BytesIO()
     image.imsave(pixel, np.zeros((1, 1, 3)), format="png")
-    monkeypatch.setattr(run_module, "draw_frontier", lambda frontier: pixel.getvalue())
+    monkeypatch.setattr(run_module, "draw_frontier", lambda frontier: {"png": pixel.getvalue(), "svg": b"<svg/>"})
 
 
 def open_page(run: Path) -> Page:
@@ -252,13 +118,15 @@ def cleaned(text: str) -> str:
     return re.sub("[\x1b\u202e\ud800]", "\N{REPLACEMENT CHARACTER}", text).replace("\r\n", "\n")
 
 
-def test_writes_the_three_files_and_gives_the_page(make_run: MakeRun) -> None:
+def test_writes_the_files_and_gives_the_page(make_run: MakeRun) -> None:
     run = make_run()
     before = {path.name for path in run.iterdir()}
     assert report(run) == run / "report.html"
-    assert {path.name for path in run.iterdir()} - before == {"report.html", "frontier.png", "points.csv"}
+    assert {path.name for path in run.iterdir()} - before == MADE
+    assert len(list((run / "lm-eval").iterdir())) == len(RATIOS) + 2
     shape = image.imread(run / "frontier.png").shape
     assert shape[:2] == (round(HEIGHT_AUDIT * DPI), round(WIDTH * DPI))
+    assert (run / "frontier.csv").read_bytes() == (run / "frontier.csv").read_bytes()
 
 
 def test_the_same_records_give_the_same_bytes(make_run: MakeRun, tmp_path: Path) -> None:
@@ -266,28 +134,29 @@ def test_the_same_records_give_the_same_bytes(make_run: MakeRun, tmp_path: Path)
     other = Path(shutil.copytree(run, tmp_path / "elsewhere" / "copy"))
     report(run)
     report(other)
-    for name in ("report.html", "frontier.png", "points.csv"):
-        assert (run / name).read_bytes() == (other / name).read_bytes()
+    made = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    assert len(made) > 30
+    for name in made:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.mark.usefixtures("quick")
 def test_no_element_or_handler_comes_from_hostile_text(make_run: MakeRun) -> None:
     run = make_run()
     page = open_page(run)
-    assert [attributes["src"] for attributes in page.names("img") if attributes["src"]] == [
-        "data:image/png;base64," + base64.b64encode((run / "frontier.png").read_bytes()).decode()
-    ]
-    assert len(page.names("img")) == 1
-    assert not page.names("svg")
+    assert not page.names("img")
+    marks = {"svg", "circle", "rect", "line"}  # those of the legend
+    assert len(page.names("svg")) == 5  # its constraint is on no axis, so the legend has no limit line
+    assert {tag for tag, _ in page.elements} & {"svg", "circle", "rect", "line", "path", "image", "use"} == marks
     assert len(page.names("script")) == 2
     assert len(page.names("style")) == 1
     for tag, attributes in page.elements:
         assert not any(name.startswith("on") or name == "style" for name in attributes), tag
         for name in ("src", "href"):
-            assert (attributes.get(name) or "#").startswith(("#", "data:image/png"))
+            assert (attributes.get(name) or "#").startswith("#")
     html = (run / "report.html").read_text(encoding="utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
-    assert "49" not in page.text.split("Warnings")[1].split("Figure")[0]  # {{ 7*7 }} is text, not a template
+    assert "49" not in page.text.split("Warnings")[1].split("By the judges")[0]  # {{ 7*7 }} is text, not a template
 
 
 @pytest.mark.usefixtures("quick")
@@ -300,14 +169,15 @@ def test_the_policy_allows_exactly_the_inlined_script_and_style(make_run: MakeRu
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     assert allowed["default-src"] == "'none'"
-    assert allowed["img-src"] == "data:"
+    assert set(allowed) == {"default-src", "script-src", "style-src", "base-uri", "form-action"}
     assert allowed["script-src"] == source(page.inline["script"])
     assert allowed["style-src"] == source(page.inline["style"])
 
 
-def test_the_script_is_small_and_makes_no_markup_from_text() -> None:
-    script = (Path(page_module.__file__).parent / "report.js").read_text(encoding="utf-8")
-    assert len(script) < 12_000
+def test_the_scripts_are_small_and_make_no_markup_from_text() -> None:
+    folder = Path(page_module.__file__).parent
+    script = "".join((folder / name).read_text(encoding="utf-8") for name in ("plots.js", "report.js"))
+    assert len(script) < 40_000
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function\(|setAttribute\(.on", script
     )
@@ -426,7 +296,7 @@ def test_table_and_csv_hold_the_numbers_of_the_input(make_run: MakeRun) -> None:
     run = make_run()
     page = open_page(run)
     order = ["reward", "oracle_help", "cost", "oracle_harm", "unsafe_rate", "refusal", "over_refusal"]
-    with (run / "points.csv").open(encoding="utf-8", newline="") as handle:
+    with (run / "frontier.csv").open(encoding="utf-8", newline="") as handle:
         table = list(csv.DictReader(handle))
     frontier = synthetic()
     policies = [*frontier["points"][::-1], *frontier["baselines"]]
@@ -459,7 +329,7 @@ def test_no_cell_of_the_csv_is_a_formula(make_run: MakeRun) -> None:
 
     for run in (make_run(), make_run(rename, name="renamed")):
         report(run)
-        cells = list(csv.reader(io.StringIO((run / "points.csv").read_text(encoding="utf-8"))))
+        cells = list(csv.reader(io.StringIO((run / "frontier.csv").read_text(encoding="utf-8"))))
         for cell in (cell for row in cells for cell in row):
             assert not re.match(r"[=+@\t\r]|-(?![\d.])", cell)
     assert [row[0] for row in cells[-2:]] == ["'@SUM(1)", "'+1"]
@@ -521,12 +391,12 @@ def test_an_undefined_mean_is_a_dash(make_run: MakeRun, undefined: float | None)
     assert len(page.rows["q = 0"]) == 5 * 3 + 1
     assert len(re.findall(r"<td>–</td>", html)) >= 22
     assert 'class="' + " best" + '">–' not in html
-    assert "nan" not in (run / "points.csv").read_text(encoding="utf-8").lower()
+    assert "nan" not in (run / "frontier.csv").read_text(encoding="utf-8").lower()
 
 
 @pytest.mark.usefixtures("quick")
 def test_prompts_over_the_limit_are_left_out_and_told(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "MAX_PROMPTS", 4)
+    monkeypatch.setattr(content_module, "MAX_PROMPTS", 4)
     page = open_page(make_run())
     # Three categories in turn: two of the first, one of each other, in the file's order.
     assert [prompt["id"] for prompt in page.data["prompts"]] == ["p0", cleaned(HOSTILE), "p2", "p3"]
@@ -534,8 +404,16 @@ def test_prompts_over_the_limit_are_left_out_and_told(make_run: MakeRun, monkeyp
 
 
 @pytest.mark.usefixtures("quick")
+def test_categories_over_the_limit_are_left_out_and_told(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_module, "MAX_CATEGORIES", 2)
+    page = open_page(make_run())
+    assert len(page.data["heat"]["cost"]) == 2
+    assert "1 smaller categories are left out" in page.text
+
+
+@pytest.mark.usefixtures("quick")
 def test_long_completions_leave_prompts_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "MAX_CHARACTERS", 10)
+    monkeypatch.setattr(content_module, "MAX_CHARACTERS", 10)
     page = open_page(make_run())
     assert [prompt["id"] for prompt in page.data["prompts"]] == ["p0"]
     assert "The other 11 are left out" in page.text
@@ -604,7 +482,7 @@ def edit(**values: Any) -> Callable[[Path], None]:
 def test_what_is_no_run_is_refused_in_one_line(make_run: MakeRun, change: Callable[[Path], None], message: str) -> None:
     run = make_run()
     report(run)
-    before = {name: (run / name).read_bytes() for name in ("report.html", "frontier.png", "points.csv")}
+    before = {name: (run / name).read_bytes() for name in ("report.html", "frontier.png", "frontier.csv")}
     change(run)
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         report(run)
@@ -624,86 +502,3 @@ def test_needs_neither_torch_nor_pyplot(make_run: MakeRun) -> None:
         "found = {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules); assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code, str(make_run())], check=True, timeout=300)
-
-
-def orange(png: bytes) -> int:
-    """How many pixels have the chosen point's colour."""
-    pixels = image.imread(io.BytesIO(png))[..., :3]
-    return int((np.abs(pixels - np.array([0xD5, 0x5E, 0x00]) / 255).max(axis=-1) < 0.02).sum())
-
-
-def test_the_figure_rings_the_chosen_point_only() -> None:
-    frontier = synthetic()
-    with_choice = draw(frontier)
-    frontier["choice"] |= {"ratio": None, "policy": None}
-    assert orange(with_choice) > 1000
-    assert orange(draw(frontier)) == 0
-
-
-def test_the_legend_names_what_is_in_the_picture_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    named: list[str] = []
-    monkeypatch.setattr(Figure, "legend", lambda figure, handles, labels, **options: named.extend(labels))
-
-    def labels(frontier: dict[str, Any]) -> list[str]:
-        named.clear()
-        draw(frontier)
-        return list(named)
-
-    frontier = synthetic() | {"audit": None}
-    everything = ["not dominated", "dominated by another ratio", "fainter: less likely on the frontier"]
-    everything += ["chosen ratio", "baseline", "95 % interval"]
-    assert labels(frontier) == everything
-    for point in frontier["points"]:
-        point |= {"nondominated": True, "p_on_frontier": 0.97}
-    assert labels(frontier) == ["not dominated", *everything[3:]]
-    frontier["choice"] |= {"ratio": None, "policy": None}
-    frontier["baselines"] = []
-    for point in frontier["points"]:
-        for name in METRICS:
-            point[name] = {"mean": point[name]["mean"], "low": None, "high": None}
-    assert labels(frontier) == ["not dominated"]
-
-
-@pytest.mark.parametrize("key", ["p_on_frontier", "nondominated"])
-def test_the_figure_shows_how_sure_the_frontier_is(key: str) -> None:
-    frontier = synthetic()
-    before = draw(frontier)
-    frontier["points"][3][key] = 0.01 if key == "p_on_frontier" else False
-    assert draw(frontier) != before
-
-
-def test_a_limit_on_an_axis_is_a_line_unless_it_is_far_away() -> None:
-    def tallest(text: str) -> int:
-        """Pixels of the limit's colour in the column that has most of them."""
-        frontier = synthetic() | {"audit": None}
-        frontier["choice"] |= {"constraints": [text]}
-        pixels = image.imread(io.BytesIO(draw(frontier)))[..., :3]
-        return int((np.abs(pixels - np.array([0xA3, 0x31, 0x6F]) / 255).max(axis=-1) < 0.02).sum(axis=0).max())
-
-    near, far = tallest("cost<=-1"), tallest("cost<=40")
-    assert near > 350  # a dashed line over the panel
-    assert 0 < far < 150  # its text only
-    assert tallest(LIMIT) == 0
-
-
-@pytest.mark.parametrize("count", [1, 2, 31])
-def test_the_figure_takes_any_number_of_points(count: int) -> None:
-    frontier = synthetic()
-    point = frontier["points"][0]
-    frontier["points"] = [point | {"ratio": i / 31, "policy": f"policy@{i}"} for i in range(count)]
-    frontier["choice"] |= {"ratio": 0.0}
-    assert image.imread(io.BytesIO(draw(frontier))).shape[1] == round(WIDTH * DPI)
-
-
-def test_the_figure_takes_points_without_intervals_and_leaves_global_settings_alone() -> None:
-    import matplotlib
-
-    frontier = synthetic()
-    for policy in (*frontier["points"], *frontier["baselines"]):
-        for name in METRICS:
-            policy[name] = {"mean": policy[name]["mean"], "low": None, "high": None, "n": 12}
-    settings = dict(matplotlib.rcParams)
-    draw(frontier)
-    assert dict(matplotlib.rcParams) == settings
