@@ -5,31 +5,25 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from psacpo.config import Strict
 from psacpo.errors import InputError
+from psacpo.evalharness.adaptive.settings import AdaptiveSwitch
+from psacpo.evalharness.baseline_settings import Baseline, mixtures
+from psacpo.evalharness.decision.criteria import Axes, Column, Constraint, Criteria, Metric, known
+from psacpo.evalharness.intrinsic import INTRINSIC
+from psacpo.evalharness.judges.llm_settings import LlmJudge
+from psacpo.evalharness.judges.settings import Judge, RefusalJudge
+from psacpo.evalharness.prompt_sets import Prompts, prompt_sets, roles_of
+from psacpo.evalharness.weights import Weights, WeightSweep, weight_points, weights_name
 from psacpo.merge.config import policy_name
 
-Better = Literal["higher", "lower"]
-# What else a point of frontier.json says; a metric of that name would overwrite it.
-_POINT_KEYS = frozenset(
-    [
-        "ratio",
-        "policy",
-        "name",
-        "n_prompts",
-        "p_on_frontier",
-        "nondominated",
-        "certified",
-        "bounds",
-        "from_previous",
-        "metrics",
-    ]
-)
+__all__ = ["Axes", "Constraint", "FrontierConfig", "Generation", "Metric", "OpenAI", "Ray", "Vllm"]
+
 EngineName = Literal["auto", "transformers", "vllm", "openai", "ray"]
 
 
@@ -118,123 +112,33 @@ class Ray(Strict):
     retries: int = Field(3, ge=0)
 
 
-class ScalarJudge(Strict):
-    """A sequence-classification reward or cost model: its raw logit is the score."""
-
-    kind: Literal["scalar"]
-    model: str
-    better: Better = "higher"
-    template: str | None = None
-    batch_size: int = Field(32, ge=1)
-    max_length: int = Field(2048, ge=8)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-    @field_validator("template")
-    @classmethod
-    def _both_parts(cls, template: str | None) -> str | None:
-        if template is not None and not (template.count("{prompt}") == template.count("{completion}") == 1):
-            raise ValueError("a judge's template holds {prompt} and {completion}, once each")
-        return template
-
-
-class RefusalJudge(Strict):
-    """The rule judge: 1 where the answer refuses, else 0."""
-
-    kind: Literal["refusal"]
-    better: Better = "lower"
-
-
-class PythonJudge(Strict):
-    """A function `(prompt, completion) -> float` by dotted path, `package.module:function`.
-
-    Outside the package psacpo it runs only with --allow-code: a recipe must not run code that the user did not see.
-    """
-
-    kind: Literal["python"]
-    callable: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    better: Better = "higher"
-
-
-Judge = Annotated[ScalarJudge | RefusalJudge | PythonJudge, Field(discriminator="kind")]
-
-
-class Metric(Strict):
-    """A number per policy out of one judge's scores.
-
-    Attributes:
-        judge: The judge's name.
-        above: If given, the metric is the rate of scores above it, else the mean score.
-        where: Only prompts whose fields have these values count.
-    """
-
-    judge: str
-    above: float | None = None
-    where: dict[str, str | int | float | bool] = Field(default_factory=dict)
-
-
-class Axes(Strict):
-    """The two metrics that span the frontier."""
-
-    reward: str = "reward"
-    cost: str = "cost"
-
-
-class Constraint(Strict):
-    """`metric <= limit` or `metric >= limit`, read from text such as `unsafe_rate<=0.05`."""
-
-    metric: str
-    sense: Literal["<=", ">="]
-    limit: float
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        found = re.fullmatch(r"\s*([\w.@-]+)\s*(<=|>=)\s*(\S+)\s*", value)
-        try:
-            limit = float(found[3]) if found else math.nan
-        except ValueError:
-            limit = math.nan
-        if found is None or not math.isfinite(limit):
-            raise ValueError(f"constraint {value!r} cannot be read; allowed: METRIC<=NUMBER or METRIC>=NUMBER")
-        return {"metric": found[1], "sense": found[2], "limit": limit}
-
-    def __str__(self) -> str:
-        return f"{self.metric}{self.sense}{self.limit:g}"
-
-
-class FrontierConfig(Strict):
+class FrontierConfig(Criteria):
     """A sweep: adapters on one base, ratios and baselines, prompts, judges, metrics and constraints.
 
     Attributes:
         adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep. Or whole models, which
             engine vllm takes by its strategy reload.
-        baselines: Name -> weights of adapters; no weights is the base model.
-        audit: Two more metrics drawn beside the frontier, from judges that had no part in training.
+        weights: In the place of ratios, for more than two adapters: a grid over the simplex, or vectors of weights.
+        adaptive: Add ratios between the ends of `ratios` where they decide something, and ask no more than it takes.
+        baselines: Name -> weights of adapters, a model directory, or an endpoint; no weights is the base model.
         engine: Who generates: see docs/engines.md.
         strategy: How vLLM gets the policies: stacked adapters side by side, or merged weights one after another.
         probe: Hold each policy's next-token probabilities against the dense merge's before the sweep.
         command: What was typed, for the report; "" where the sweep was started from Python.
-        resamples: Bootstrap draws over clusters of prompts (field `cluster`, else the prompt's id).
     """
 
     base: str
     adapters: dict[str, Path]
-    prompts: Path
+    prompts: Prompts
     judges: dict[str, Judge] = Field(min_length=1)
     out: Path
     ratios: list[float] = Field(default=[0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0], min_length=1)
-    baselines: dict[str, dict[str, float]] = Field(default={"base": {}})
+    weights: WeightSweep | None = None
+    adaptive: AdaptiveSwitch = None
+    baselines: dict[str, Baseline] = Field(default={"base": {}})
     template: str | None = None
     generation: Generation = Generation()
     samples: int = Field(1, ge=1, le=10_000)
-    metrics: dict[str, Metric] = Field(default_factory=dict)
-    axes: Axes = Axes()
-    audit: Axes | None = None
-    constraints: list[Constraint] = Field(default_factory=list)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    resamples: int = Field(2000, ge=100, le=1_000_000)
     max_invalid: float = Field(0.02, ge=0, le=1)
     engine: EngineName = "auto"
     strategy: Literal["auto", "lora", "reload"] = "auto"
@@ -244,7 +148,6 @@ class FrontierConfig(Strict):
     ray: Ray = Ray()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0)
     allow_code: bool = False
     command: str = ""
 
@@ -256,53 +159,79 @@ class FrontierConfig(Strict):
         for ratio in self.ratios:
             if not math.isfinite(ratio) or not 0 <= ratio <= 1:
                 raise ValueError(f"ratio {ratio} is out of range; allowed: a number from 0 to 1")
+        if self.adaptive is not None and self.weights is not None:
+            raise ValueError("adaptive adds ratios and weights are given; allowed: one of them")
+        if self.adaptive is not None and len(self.ratios) < 2:
+            raise ValueError("adaptive adds ratios between the least and the greatest of ratios; allowed: two or more")
         if sorted(set(self.ratios)) != sorted(self.ratios):
             raise ValueError(f"two ratios are the same: {self.ratios}")
-        for kind, named in (("judge", self.judges), ("metric", self.metrics), ("baseline", self.baselines)):
-            for name in named:
-                if not re.fullmatch(r"[\w.@+-]{1,64}", name):
-                    raise ValueError(f"{kind} name {name!r} is not letters, digits and _ . @ + - (at most 64)")
-        for name in (*self.metrics, *self.judges):
-            if name in _POINT_KEYS:
-                raise ValueError(f"'{name}' cannot name a metric or judge: every point of frontier.json has such a key")
-        for name, weights in self.baselines.items():
-            if name in map(policy_name, self.ratios):
+        for name in self.baselines:
+            if not re.fullmatch(r"[\w.@+-]{1,64}", name):
+                raise ValueError(f"baseline name {name!r} is not letters, digits and _ . @ + - (at most 64)")
+        points = self.point_names()
+        for name in self.baselines:
+            if name in points:
                 raise ValueError(f"baseline '{name}' has the name of a swept policy")
+        for name, weights in mixtures(self.baselines).items():
             if max(map(abs, weights.values()), default=0) > 100:
                 raise ValueError(f"baseline '{name}' has a weight over 100: {weights}")
-            _known(f"baseline '{name}' weighs adapter", weights, self.adapters)
-        _known("metrics: judge", [metric.judge for metric in self.metrics.values()], self.judges)
-        if clash := set(self.metrics) & set(self.judges):
-            raise ValueError(f"metrics: '{min(clash)}' is a judge's name already")
-        names = [*self.metrics, *self.judges, *self._default_metrics()]
-        _known("axes: metric", self.axes.model_dump().values(), names)
-        if self.audit:
-            _known("audit: metric", self.audit.model_dump().values(), names)
-        _known("constraint on metric", [constraint.metric for constraint in self.constraints], names)
-        texts = [str(constraint) for constraint in self.constraints]
-        if len(set(texts)) < len(texts):
-            raise ValueError(f"two constraints are the same: {', '.join(texts)}")
+            known(f"baseline '{name}' weighs adapter", weights, self.adapters)
+        self.check_names()
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")
         if self.template is not None and any("\ud800" <= letter <= "\udfff" for letter in self.template):
             raise ValueError("template holds bytes that are no UTF-8, or half a surrogate pair")
         return self
 
-    def _default_metrics(self) -> dict[str, Metric]:
-        """`unsafe_rate`, the share of answers whose cost is above 0, where there is a judge `cost` and no such metric."""
-        if "cost" in self.judges and "unsafe_rate" not in self.metrics:
-            return {"unsafe_rate": Metric(judge="cost", above=0.0)}
-        return {}
+    def all_judges(self) -> dict[str, Judge]:
+        """The recipe's judges, and the rules that are always there, but for those whose name the recipe gives away."""
+        always = {name: one for name, one in INTRINSIC.items() if name not in self.metrics}
+        return self.judges | {name: one for name, one in always.items() if name not in self.judges}
 
-    def all_metrics(self) -> dict[str, Metric]:
-        """Every metric by name: the mean of each judge, the recipe's own, and the defaults."""
-        return {name: Metric(judge=name) for name in self.judges} | self._default_metrics() | self.metrics
+    def columns(self) -> dict[str, Column]:
+        """One column a judge, the rules that are always there among them."""
+        return {
+            name: Column(
+                judge.better,
+                refuses=isinstance(judge, RefusalJudge),
+                anchor=judge.anchor if isinstance(judge, LlmJudge) and judge.mode == "pairwise" else None,
+            )
+            for name, judge in self.all_judges().items()
+        }
 
+    def default_metrics(self) -> dict[str, Metric]:
+        """As of all criteria; where sets of prompts have roles, `unsafe_rate` counts those for safety alone."""
+        found = super().default_metrics()
+        roles = {role for one in prompt_sets(self.prompts) for role in roles_of(one)}
+        if "safety" in roles and len(roles) > 1 and "unsafe_rate" in found:
+            found["unsafe_rate"] = found["unsafe_rate"].model_copy(update={"where": {"role": "safety"}})
+        return found
 
-def _known(what: str, given: Any, valid: Any) -> None:
-    for name in given:
-        if name not in valid:
-            raise ValueError(f"{what} '{name}' which is unknown; allowed: {', '.join(valid)}")
+    def samples_per_prompt(self) -> int:
+        """`samples`."""
+        return self.samples
+
+    def policy_names(self) -> list[str]:
+        """The swept points' and the baselines'."""
+        return [*self.point_names(), *self.baselines]
+
+    def point_names(self) -> list[str]:
+        """The swept points', from the reward end on."""
+        if self.weights is None:
+            return [policy_name(ratio) for ratio in sorted(self.ratios)]
+        return [weights_name(vector) for vector in self.weight_points()]
+
+    def weight_points(self) -> list[Weights]:
+        """The points of a sweep over weights, in their order; none where it is over ratios."""
+        return [] if self.weights is None else weight_points(self.weights, self.adapters)
+
+    def anchors(self) -> list[str]:
+        """The untouched bases, and the point at the reward end."""
+        return [*self.bases(), self.point_names()[0]]
+
+    def bases(self) -> list[str]:
+        """The baselines that are the untouched base."""
+        return [name for name, weights in mixtures(self.baselines).items() if not weights]
 
 
 def parse_engine_settings(texts: list[str]) -> dict[str, dict[str, Any]]:

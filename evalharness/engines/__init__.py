@@ -66,7 +66,22 @@ def _openai(
     return OpenAIEngine(base, config.openai, config.generation)
 
 
-ENGINES: dict[str, Start] = {"transformers": _transformers, "vllm": _vllm, "openai": _openai}
+def _chat(
+    config: FrontierConfig,
+    base: Path,
+    adapters: Mapping[str, Adapter],
+    policies: Sequence[Policy],
+    plan: EnginePlan,
+) -> Engine:
+    from psacpo.evalharness.baseline_settings import EndpointBaseline
+    from psacpo.evalharness.engines.chat import ChatEngine
+
+    one = config.baselines[policies[0].name]
+    assert isinstance(one, EndpointBaseline)
+    return ChatEngine(base, one.endpoint, config.generation)
+
+
+ENGINES: dict[str, Start] = {"transformers": _transformers, "vllm": _vllm, "openai": _openai, "chat": _chat}
 
 
 def start_engine(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from psacpo.prompting import Prompt
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -15,7 +17,8 @@ class Policy:
     Attributes:
         name: `policy@0.30` for a point of the sweep, or a baseline's name.
         weights: Adapter name -> weight; empty is the base itself.
-        ratio: The weight of the safety policy, None for a baseline.
+        ratio: The weight of the safety policy, None for a baseline and where weights say more than a ratio can.
+        point: It is a point of the sweep although it has no ratio.
         checkpoint: A model directory that is the whole policy, in the place of base and weights: what no adapter can
             carry (DoRA, modules_to_save, merges of full models). Only the reload strategy of vLLM takes it.
     """
@@ -24,6 +27,12 @@ class Policy:
     weights: Mapping[str, float] = field(default_factory=dict)
     ratio: float | None = None
     checkpoint: Path | None = None
+    point: bool = False
+
+    @property
+    def swept(self) -> bool:
+        """Whether it is a point of the sweep, and no baseline."""
+        return self.ratio is not None or self.point
 
     @property
     def adapted(self) -> dict[str, float]:
@@ -41,12 +50,14 @@ class Request:
         prompt_ids: Token ids of the whole prompt, BOS included.
         seed: Of this answer's random numbers. Policies that answer one prompt share it, so that their
             differences are not drowned in sampling noise.
+        prompt: What it was before a template and a tokenizer made ids of it, for who has its own.
     """
 
     key: str
     policy: Policy
     prompt_ids: tuple[int, ...]
     seed: int
+    prompt: Prompt = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

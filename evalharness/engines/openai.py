@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import random
-import re
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation, OpenAI
+from psacpo.evalharness.endpoint import Endpoint, GaveUp, url_and_key
 from psacpo.evalharness.engines.answers import answer_text, end_ids, read_generation_config, strip_end
 from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Request
 from psacpo.hub import load_tokenizer
 
-_RETRIED = (408, 409, 429)
-# What says that no request will ever succeed: a wrong key, a model that is not served, no such route.
-_FATAL = (401, 403, 404)
-_LONGEST_WAIT = 60.0
 # Likeliest tokens to ask for: what OpenAI and vLLM give at most unless told otherwise.
 _TOP = 5
 
@@ -30,15 +21,9 @@ def endpoint(settings: OpenAI) -> tuple[str, str]:
     """The base URL and the key, from the settings and the environment.
 
     Raises:
-        InputError: There is no URL, or it is none.
+        InputError: There is no URL, it is none, or it holds a password.
     """
-    url = settings.base_url or os.environ.get("OPENAI_BASE_URL")
-    if not url:
-        raise InputError("engine openai: no endpoint", allowed="openai.base_url, or OPENAI_BASE_URL in the environment")
-    if not re.match(r"https?://[^/\s]+", url):
-        raise InputError("engine openai: base_url is no URL", given=url, allowed="such as http://localhost:8000/v1")
-    # Servers on one's own machine ask for no key; the client insists on one.
-    return url.rstrip("/"), os.environ.get(settings.api_key_env) or "none"
+    return url_and_key(settings, what="engine openai", setting="openai.base_url")
 
 
 class OpenAIEngine:
@@ -53,14 +38,9 @@ class OpenAIEngine:
     def __init__(
         self, base: Path, settings: OpenAI, generation: Generation, *, sleep: Callable[[float], Any] | None = None
     ) -> None:
-        import openai
-
         self.settings, self.generation = settings, generation
-        self.url, key = endpoint(settings)
-        # Its own retries are off: it does not repeat an answer that is no JSON, and waits 8 s at most.
-        self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=settings.timeout, max_retries=0)
-        self._stopped = threading.Event()
-        self._sleep = sleep or self._stopped.wait
+        self._endpoint = Endpoint(settings, what="engine openai", setting="openai.base_url", sleep=sleep)
+        self.url = self._endpoint.url
         self.tokenizer = load_tokenizer(base)
         self.end_ids = end_ids(read_generation_config(base), self.tokenizer)
 
@@ -70,7 +50,7 @@ class OpenAIEngine:
         Raises:
             InputError: The endpoint knows no such key, model or route: nothing would ever come of it.
         """
-        yield from self._all(requests, self._answer)
+        yield from self._endpoint.all(requests, self._answer)
 
     def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
         """Key -> log-probabilities of the likeliest next tokens; of the vllm dialect, which tells tokens by their ids."""
@@ -82,7 +62,7 @@ class OpenAIEngine:
             choice = self._choice(request, body)
             return choice if isinstance(choice, Failure) else (request.key, _top(choice))
 
-        for answer in self._all(requests, ask):
+        for answer in self._endpoint.all(requests, ask):
             if isinstance(answer, Failure):
                 raise InputError(f"{self.url} gave no answer to a probe prompt: {answer.error}")
             found[answer[0]] = answer[1]
@@ -90,22 +70,7 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Close the connections."""
-        self._stopped.set()
-        self._client.close()
-
-    def _all(self, requests: Sequence[Request], ask: Callable[[Request], Any]) -> Iterator[Any]:
-        waiting, under_way = deque(requests), set[Future[Any]]()
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            try:
-                while waiting or under_way:
-                    while waiting and len(under_way) < self.settings.concurrency:
-                        under_way.add(pool.submit(ask, waiting.popleft()))
-                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield future.result()
-            except BaseException:
-                self._stopped.set()
-                raise
+        self._endpoint.close()
 
     def _answer(self, request: Request) -> Completion | Failure:
         choice = self._choice(request, self._body(request))
@@ -159,54 +124,21 @@ class OpenAIEngine:
 
     def _choice(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any] | Failure:
         """The first choice of the answer as it came, after as many tries as it takes."""
-        import openai
+        found = self._endpoint.send(
+            self._endpoint.client.completions.with_raw_response.create,
+            body,
+            _first_choice,
+            allowed=f"a key in {self.settings.api_key_env}, a served model, openai.models",
+        )
+        return Failure(request.key, found.why) if isinstance(found, GaveUp) else found
 
-        why = ""
-        for attempt in range(self.settings.retries + 1):
-            after = None
-            try:
-                raw = self._client.completions.with_raw_response.create(**body)
-                answer = raw.http_response.json()
-                choice: dict[str, Any] = answer["choices"][0]
-                return choice
-            except openai.APIStatusError as error:
-                why = f"HTTP {error.status_code}: {_said(error)}"
-                if error.status_code in _FATAL:
-                    raise InputError(
-                        f"{self.url} refuses {body['model']}: {why}",
-                        allowed=f"a key in {self.settings.api_key_env}, a served model, openai.models",
-                    ) from error
-                if error.status_code not in _RETRIED and error.status_code < 500:
-                    return Failure(request.key, why)
-                after = error.response.headers.get("retry-after")
-            except openai.APIConnectionError as error:
-                why = f"{type(error).__name__}: {error.__cause__ or error}"
-            except (ValueError, KeyError, IndexError, TypeError, openai.APIError) as error:
-                why = f"the answer is damaged ({type(error).__name__}: {error})"
-            if self._stopped.is_set():
-                break
-            if attempt < self.settings.retries:
-                self._sleep(_pause(self.settings.backoff, attempt, after))
-        return Failure(request.key, f"{why} (after {self.settings.retries + 1} tries)"[:500])
+
+def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice
 
 
 def _top(choice: Mapping[str, Any]) -> NextTokens:
     """Token id -> log-probability of the first token's likeliest, where the endpoint writes `token_id:17`."""
     top = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0]
     return {int(token.removeprefix("token_id:")): float(value) for token, value in top.items() if ":" in token}
-
-
-def _pause(backoff: float, attempt: int, after: str | None) -> float:
-    """Seconds before the next try: what the server asks for, else doubling, with jitter so that clients spread out."""
-    try:
-        if after is not None:
-            return min(max(float(after), 0.0), _LONGEST_WAIT)
-    except ValueError:
-        pass  # a date: not worth a clock that may be wrong
-    return min(backoff * 2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
-
-
-def _said(error: Any) -> str:
-    body = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    return str(message or error.message).strip().splitlines()[0][:200]

@@ -33,6 +33,7 @@ class EnginePlan:
         strategy: Of vLLM, else None.
         max_lora_rank: Of vLLM's lora strategy, else None.
         max_model_len: Positions that the longest prompt and its answer take.
+        spare: Mixtures of the adapters that may come after the engine has started.
     """
 
     name: str
@@ -41,6 +42,7 @@ class EnginePlan:
     strategy: str | None = None
     max_lora_rank: int | None = None
     max_model_len: int | None = None
+    spare: int = 0
 
     def line(self) -> str:
         """For people: the engine, the strategy and why."""

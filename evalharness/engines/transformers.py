@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,11 @@ class TransformersEngine:
         return [{request.key: dict(enumerate(row)) for request, row in zip(requests, rows, strict=True)}]
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, and give its memory back: another may be loaded in its place."""
         self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _inputs(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded ids and mask [rows, width], and weights [rows, adapters]."""

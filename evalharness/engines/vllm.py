@@ -58,7 +58,9 @@ class VllmEngine:
         self._count = 0
         self._loaded: Weights | Path = ()
         self._scratch = tempfile.TemporaryDirectory(prefix="psacpo-adapters-")
-        self._lora = self._write_adapters(policies) if strategy == "lora" else {}
+        self._lora: dict[Weights, Any] = {}
+        if strategy == "lora":
+            self._add_adapters(policies)
 
     @classmethod
     def load(
@@ -101,7 +103,7 @@ class VllmEngine:
         if plan.strategy == "lora" and distinct:
             # vLLM's CPU kernels take -1, "no adapter", as an index from the end: requests of the base that share a batch
             # with adapters get the last slot's (seen in 0.32). One slot more than adapters leaves that one empty: zeros.
-            count = len(distinct) + cpu
+            count = len(distinct) + plan.spare + cpu
             arguments |= {
                 "enable_lora": True,
                 "max_lora_rank": plan.max_lora_rank,
@@ -153,11 +155,11 @@ class VllmEngine:
             stop(engine)
         self._scratch.cleanup()
 
-    def _write_adapters(self, policies: Sequence[Policy]) -> dict[Weights, Any]:
+    def _add_adapters(self, policies: Iterable[Policy]) -> None:
         """Write each mixture of adapters once and have vLLM load it now, so that what it refuses is known by name."""
         from vllm.lora.request import LoRARequest
 
-        loaded: dict[Weights, Any] = {}
+        loaded = self._lora
         for policy in policies:
             weights = _weights(policy)
             if not weights or weights in loaded:
@@ -176,11 +178,12 @@ class VllmEngine:
                 ) from error
             if accepted is False:
                 raise InputError(f"vLLM did not take {policy.name} as an adapter", allowed="strategy reload")
-        return loaded
 
     def _parts(self, requests: Sequence[Request]) -> Iterable[Sequence[Request]]:
         """The requests that can run together, once what they run on is in place."""
         if self.strategy == "lora":
+            # Those that the engine started with are there; an adaptive sweep adds more.
+            self._add_adapters({request.policy.name: request.policy for request in requests}.values())
             yield requests
             return
         groups: dict[Weights | Path, list[Request]] = {}

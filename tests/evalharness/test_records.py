@@ -3,58 +3,64 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
 from psacpo.errors import InputError
-from psacpo.evalharness.records import Record, Store, locked, read_records
+from psacpo.evalharness.records import Store, latest, locked, read_records
 
 
-def fill(path: Path, batches: list[list[str]], fail_at: str = "") -> list[str]:
-    """Fill a store with one record an item and give what was worked on."""
-    worked: list[str] = []
+def put(path: Path, *groups: str, batches: bool = False) -> None:
+    """Append batches, each a string of one-letter keys."""
+    with Store(path, batches=batches) as store:
+        for batch in groups:
+            store.append([{"key": key, "value": key.upper()} for key in batch])
 
-    def work(batch: Sequence[str]) -> Iterable[Record]:
-        worked.extend(batch)
-        for item in batch:
-            if item == fail_at:
-                raise KeyboardInterrupt
-            yield {"key": item, "value": item.upper()}
 
+def keys(path: Path) -> str:
+    return "".join(record["key"] for record in read_records(path))
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    put(path, "ab", "cd")
+    put(path, "abc", "cde")
+    assert keys(path) == "abcde"
+
+
+def test_of_two_records_with_one_key_the_later_counts(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    put(path, "ab")
     with Store(path) as store:
-        for _ in store.fill(batches, lambda item: item, work):
-            pass
-    return worked
+        store.rewrite([{"key": "a", "value": "new"}])
+        assert list(store.records) == ["b", "a"]
+    with Store(path) as store:
+        assert store.records["a"]["value"] == "new"
+    assert [record["value"] for record in latest(read_records(path))] == ["B", "new"]
 
 
-def test_finished_batches_are_not_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [1, 20, 26, 40, 60, 80])
+def test_a_torn_batch_is_cut_off_whole(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "r.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        fill(path, [["a", "b"], ["c", "d"], ["e"]], fail_at="d")
-    assert [record["key"] for record in read_records(path)] == ["a", "b"]
-    assert fill(path, [["a", "b"], ["c", "d"], ["e"]]) == ["c", "d", "e"]
-    assert [record["key"] for record in read_records(path)] == ["a", "b", "c", "d", "e"]
-    assert fill(path, [["a", "b"], ["c", "d"], ["e"]]) == []
-
-
-def test_a_batch_with_a_missing_record_is_done_whole_but_adds_only_what_is_new(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    fill(path, [["a"]])
-    assert fill(path, [["a", "b"]]) == ["a", "b"]
-    assert [record["key"] for record in read_records(path)] == ["a", "b"]
+    put(path, "ab", "cde", batches=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with Store(path, batches=True) as store:
+        assert list(store.records) == ["a", "b"]
+    put(path, "cde", batches=True)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
 def test_a_torn_last_line_is_cut_off(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "r.jsonl"
-    fill(path, [["a"], ["b"]])
+    put(path, "a", "b")
     whole = path.read_bytes()
     line = len(whole) // 2
     path.write_bytes(whole[: line + min(cut, line - 1)])
     assert [record["key"] for record in read_records(path)] == ["a"]
-    assert fill(path, [["a"], ["b"]]) == ["b"]
+    put(path, "a", "b")
     assert path.read_bytes() == whole
 
 

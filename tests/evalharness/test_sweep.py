@@ -22,7 +22,17 @@ from psacpo.evalharness.prompts import read_prompts
 from psacpo.evalharness.sweep import plan_summary
 
 MakeConfig = Callable[..., FrontierConfig]
-STABLE = ("frontier.json", "completions.jsonl", "verdicts.jsonl", "points.csv", "report.html", "frontier.png")
+STABLE = (
+    "frontier.json",
+    "completions.jsonl",
+    "verdicts.jsonl",
+    "frontier.csv",
+    "report.html",
+    "frontier.png",
+    "frontier.svg",
+    "records.parquet",
+    "model-card.md",
+)
 
 
 def load(run: Path) -> dict[str, Any]:
@@ -94,6 +104,32 @@ def test_changed_settings_never_meet_stale_records(make_config: MakeConfig, tmp_
     assert len(lines(run / "completions.jsonl")) == 2 * 20 + 5
 
 
+def test_a_rate_is_also_given_corrected_for_its_judges_errors(make_config: MakeConfig, tmp_path: Path) -> None:
+    run = frontier(make_config())
+    before, digest = load(run), load(run)["judges"]["cost"]["digest"]
+    one = {"digest": digest, "threshold": 0.0}
+    one |= {"sensitivity": {"hits": 90, "n": 100}, "specificity": {"hits": 95, "n": 100}}
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps({"judges": {"cost": one}}))
+
+    def calibrated(**more: Any) -> dict[str, Any]:
+        metric = {"judge": "cost", "above": 0.0, "calibration": file} | more
+        return load(frontier(make_config(metrics={"unsafe_rate": metric})))
+
+    found = calibrated()
+    for point, plain in zip(found["points"], before["points"], strict=True):
+        rate, corrected = plain["unsafe_rate"]["mean"], point["unsafe_rate"].pop("corrected")
+        assert point["unsafe_rate"] == plain["unsafe_rate"]
+        assert corrected["mean"] == pytest.approx(min(max((rate - 0.05) / 0.85, 0), 1))
+        assert corrected["low"] <= corrected["mean"] <= corrected["high"]
+    assert found["metrics"]["unsafe_rate"]["calibration"] == "calibration.json"
+    with pytest.raises(InputError, match=r"counts scores above 0.5, and .* threshold 0; allowed: above: 0"):
+        calibrated(above=0.5)
+    file.write_text(json.dumps({"judges": {"cost": one | {"digest": "other"}}}))
+    with pytest.raises(InputError, match=r"is of another judge 'cost' than this"):
+        calibrated()
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_result(make_config: MakeConfig, tmp_path: Path) -> None:
     whole = frontier(make_config(out=tmp_path / "whole", samples=6))
@@ -103,10 +139,10 @@ def test_a_killed_run_ends_in_the_same_result(make_config: MakeConfig, tmp_path:
     # fast the machine is, the kill falls in the middle of a batch and of a line.
     script.write_text(
         """import os, signal, sys
-from psacpo.evalharness import frontier, records, sweep
+from psacpo.evalharness import frontier, generation, records
 from psacpo.evalharness.config import FrontierConfig
 
-sweep._FLUSH = 0
+generation.FLUSH = 0
 append = records.Store.append
 
 def killed(store, new):
@@ -267,6 +303,12 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     refused(
         "judge 'cost': .*model.safetensors is damaged",
         judges={name: {"kind": "scalar", "model": str(damaged)} for name in ("cost", "reward")},
+    )
+    judges = make_config().model_dump()["judges"]
+    refused("judge 'e' is made of 'nobody'", judges=judges | {"e": {"kind": "ensemble", "members": ["cost", "nobody"]}})
+    pairs = {"kind": "llm", "model": "m", "rubric": "helpfulness", "anchor": "nowhere", "base_url": "http://[::1]:9/v1"}
+    refused(
+        "judge 'pairs' compares with policy 'nowhere', which is none of this sweep", judges=judges | {"pairs": pairs}
     )
     refused("unknown; allowed: ", constraints=["unsafe<=0.1"])
     refused("cannot be read", constraints=["unsafe_rate<0.1"])

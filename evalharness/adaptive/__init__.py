@@ -1,0 +1,1 @@
+"""An adaptive sweep: ratios are added where they decide something, and prompts are spent where something is undecided."""
