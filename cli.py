@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -81,6 +82,23 @@ def demo(
     if not as_json:
         print(f"\nGo on in it:  cd {out} && psacpo merge --ratio 0.3 && psacpo frontier")
     raise typer.Exit(code)
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The project's directory.")] = Path(),
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Base model: a directory or a hub id.")] = "",
+    data: Annotated[
+        str, typer.Option("--data", metavar="NAME", help="Preference rows: own, or pku-saferlhf from the hub.")
+    ] = "own",
+) -> None:
+    """Leave a psacpo.yaml to start from, each key explained."""
+    from psacpo.starter import DATA, starter
+
+    path = starter(directory, base=base, data=data)
+    print(f"{path}: {DATA[data].hint}, prompts at data/prompts.jsonl")
+    there = "" if directory.resolve() == Path.cwd() else f"cd {shlex.quote(str(directory))} && "
+    print(f"then  {there}psacpo align --inspect && psacpo run")
 
 
 @app.command()
@@ -268,6 +286,20 @@ def frontier(
         Path | None, typer.Option("--prompts", metavar="FILE", help="Rows with a column prompt.")
     ] = None,
     ratio: RatioOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="GRID", help="For more than two adapters: grid, or grid:STEPS; in place of --ratio."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=DIR", help="One more adapter, for --weights or baselines; repeatable."),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", metavar="NAME=MODEL", help="A whole model to measure beside the sweep; repeatable."),
+    ] = None,
     reward_model: Annotated[
         str | None, typer.Option("--reward-model", metavar="MODEL", help="Scalar judge called reward.")
     ] = None,
@@ -296,6 +328,30 @@ def frontier(
         ),
     ] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe's python judges run.")] = False,
+    confidence: Annotated[
+        float | None, typer.Option("--confidence", metavar="SHARE", help="Of intervals and certificates; default 0.95.")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option("--holdout", metavar="SHARE", help="Clusters kept out of choosing the ratio; default 0.2."),
+    ] = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Add ratios where they decide something, and ask no more than it takes.")
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="AMOUNT", help="Of --adaptive: at most 20000 generations, or 2Mtokens."),
+    ] = None,
+    from_scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-scores", metavar="FILE", help="Scores that are there already, in place of models and judges."
+        ),
+    ] = None,
+    lower_is_better: Annotated[
+        list[str] | None,
+        typer.Option("--lower-is-better", metavar="COLUMN", help="Of --from-scores, a column better low; repeatable."),
+    ] = None,
     out: OutOption = None,
     seed: SeedOption = None,
     dry_run: DryRunOption = False,
@@ -306,19 +362,55 @@ def frontier(
     Exits with 3 when no ratio meets the constraint.
     """
     _quiet_libraries()
+    if from_scores is not None:
+        from psacpo.evalharness.decision.from_scores import frontier_from_scores, scores_plan, scores_settings
+
+        given: dict[str, Any] = {
+            "--base": base,
+            "--reward": reward,
+            "--safety": safety,
+            "--prompts": prompts,
+            "--ratio": ratio,
+            "--weights": weights,
+            "--adapter": adapter,
+            "--baseline": baseline,
+        }
+        given |= {"--reward-model": reward_model, "--cost-model": cost_model, "--samples": samples, "--engine": engine}
+        given |= {"--adaptive": adaptive, "--budget": budget}
+        if clash := [flag for flag, value in given.items() if value]:
+            raise InputError("--from-scores asks no model", given=clash[0], allowed="scores, and what is asked of them")
+        scores = scores_settings(
+            from_scores,
+            recipe,
+            constraints=constraint or None,
+            confidence=confidence,
+            holdout=holdout,
+            lower=lower_is_better or None,
+            out=out,
+            seed=seed,
+        )
+        if dry_run:
+            return _print_plan(scores_plan(scores), as_json)
+        raise typer.Exit(_show_run(frontier_from_scores(scores), as_json))
+    from psacpo.evalharness.adaptive.settings import adaptive_flags
+    from psacpo.evalharness.command import parse_named
     from psacpo.evalharness.config import parse_engine_settings
     from psacpo.merge.config import parse_ratios
     from psacpo.pipeline import frontier as job
     from psacpo.recipe import Project
 
     judges = {"reward": (reward_model, "higher"), "cost": (cost_model, "lower")}
-    adapters = {"reward": reward, "safety": safety}
+    adapters = {"reward": reward, "safety": safety} | {
+        name: Path(place) for name, place in parse_named(adapter or [], "--adapter").items()
+    }
     project = Project.find(recipe)
     config = project.frontier(
         base=base,
         adapters={name: path for name, path in adapters.items() if path is not None},
         prompts=prompts,
         ratios=parse_ratios(ratio or []) or None,
+        weights=weights,
+        baselines={name: {"model": place} for name, place in parse_named(baseline or [], "--baseline").items()} or None,
         judges={n: {"kind": "scalar", "model": m, "better": b} for n, (m, b) in judges.items() if m is not None},
         constraints=constraint or None,
         template=template,
@@ -327,6 +419,9 @@ def frontier(
         strategy=strategy,
         **parse_engine_settings(engine_set or []),
         allow_code=allow_code or None,
+        confidence=confidence,
+        holdout=holdout,
+        adaptive=adaptive_flags(adaptive, budget, project.recipe.adaptive if project.recipe else None),
         out=out,
         seed=seed,
     )
@@ -335,6 +430,91 @@ def frontier(
 
         return _print_plan(plan_summary(config), as_json)
     raise typer.Exit(_show_run(job(project, config), as_json))
+
+
+@app.command()
+def judge(
+    source: Annotated[
+        Path | None,
+        typer.Argument(metavar="SOURCE", help="Rows with prompt and completion, or the directory of a frontier."),
+    ] = None,
+    judges: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge", metavar="JUDGE", help="A preset, a YAML file of judges, or NAME= one of these; repeatable."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Verdicts of a file's rows; default: scores.jsonl.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", metavar="FILE", help="Human labels to hold the judges against.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", metavar="NUMBER", help="Scores above it count as the label 1.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Verdicts shared with other runs and files.")
+    ] = None,
+    max_invalid: Annotated[
+        float | None, typer.Option("--max-invalid", metavar="SHARE", help="Of a judge's verdicts; default 0.02.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the judges' own code run.")] = False,
+    seed: SeedOption = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the presets; judge nothing.")] = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score stored completions, of a file or of a frontier; nothing is generated.
+
+    Exits with 2 when more verdicts than --max-invalid are invalid, with everything kept.
+    """
+    _quiet_libraries()
+    if show:
+        from psacpo.evalharness.judging.table import preset_lines, presets
+
+        return _show(presets(), as_json, preset_lines())
+    from psacpo.evalharness.judging.config import judge_settings
+    from psacpo.evalharness.judging.job import judge as job
+    from psacpo.evalharness.judging.job import plan, plan_for_people
+
+    config = judge_settings(
+        source,
+        judges or [],
+        out=out,
+        calibrate=calibrate,
+        threshold=threshold,
+        cache=cache,
+        max_invalid=max_invalid,
+        device=device,
+        allow_code=allow_code or None,
+        seed=seed,
+    )
+    if dry_run:
+        planned = plan(config)
+        return _print_plan(planned if as_json else plan_for_people(planned), as_json)
+    found = job(config)
+    _show(found.result, as_json, found.lines)
+    found.refuse()
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A directory that `psacpo frontier` left.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another, on the same prompts or some of them.")],
+    confidence: Annotated[float, typer.Option("--confidence", metavar="SHARE", help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Two runs' paired differences, at each ratio, of the choices, and in hypervolume."""
+    from psacpo.evalharness.decision.compare import compare as job
+    from psacpo.evalharness.decision.compare import compare_lines
+
+    if not 0.5 < confidence < 1:
+        raise InputError("the confidence is out of range", given=confidence, allowed="over 0.5 and under 1")
+    found = job(run_a, run_b, confidence=confidence, seed=seed)
+    _show(found, as_json, compare_lines(found))
 
 
 @app.command()
@@ -462,10 +642,14 @@ def serve(
 def run(recipe: RecipeArgument = None, as_json: JsonOption = False) -> None:
     """align, frontier, and merge at the chosen ratio; resumable."""
     _quiet_libraries()
+    from psacpo.pipeline import merged, merged_lines
     from psacpo.pipeline import run as job
     from psacpo.recipe import Project
 
-    raise typer.Exit(_show_run(job(Project.find(recipe)), as_json))
+    project = Project.find(recipe)
+    measured = job(project)
+    found = merged(project, measured)
+    raise typer.Exit(_show_run(measured, as_json, found, merged_lines(found)))
 
 
 @app.command()
@@ -482,13 +666,13 @@ def doctor(as_json: JsonOption = False) -> None:
     raise typer.Exit(0 if healthy(found) else 2)
 
 
-def _show_run(run: Path, as_json: bool) -> int:
-    """Print a run's table and verdict; 3 where its constraint is met by no ratio."""
+def _show_run(run: Path, as_json: bool, more: dict[str, Any] | None = None, more_lines: list[str] | None = None) -> int:
+    """Print a run's table and verdict, and what came of it; 3 where its constraint is met by no ratio."""
     from psacpo.evalharness.summary import summary, summary_lines
 
     found = summary(run)
-    _show(found, as_json, summary_lines(run))
-    return 3 if found["choice"]["constraints"] and found["choice"]["ratio"] is None else 0
+    _show(found | (more or {}), as_json, [*summary_lines(run), *(more_lines or [])])
+    return 3 if found["choice"]["constraints"] and found["choice"]["policy"] is None else 0
 
 
 def _show_inspection(config: Any, as_json: bool) -> None:

@@ -63,6 +63,8 @@ def validate(settings: type[Settings], values: Mapping[str, Any], *, where: str)
         return settings.model_validate(dict(values))
     except ValidationError as error:
         raise _first_line(settings, error, where) from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: a setting holds half a surrogate pair, which is no text") from error
 
 
 def _first_line(settings: type[BaseModel], error: ValidationError, where: str) -> InputError:
@@ -78,7 +80,9 @@ def _first_line(settings: type[BaseModel], error: ValidationError, where: str) -
         return InputError(f"{where}: '{place}' is missing")
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"] if isinstance(problem["input"], str | int | float | bool) else None
-    return InputError(f"{where}: {f'{place}: ' if place else ''}{message}", given=given)
+    # What a file that the settings name is wrong in says so itself.
+    named = "" if message.startswith(where) else f"{where}: "
+    return InputError(f"{named}{f'{place}: ' if place else ''}{message}", given=given)
 
 
 def _follow(settings: type[BaseModel], steps: Sequence[int | str]) -> tuple[list[str], list[str]]:

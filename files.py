@@ -148,6 +148,7 @@ def readable_io_errors(path: Path) -> Iterator[None]:
         known = {
             errno.ENOSPC: "no space left on the device",
             errno.EDQUOT: "disk quota exceeded",
+            errno.EFBIG: "the file would be larger than is allowed here (ulimit -f)",
             errno.EROFS: "the file system is read-only",
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
@@ -422,6 +423,9 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     """Write one file whole or not at all: beside it, fsync, rename."""
     blob = data.encode("utf-8") if isinstance(data, str) else data
     with readable_io_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # Renaming over it would replace /dev/null by a file, for everyone.
+            raise InputError(f"cannot write {path}: it is a device or a pipe", allowed="a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -467,10 +471,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path} is damaged: not a JSON object")
+    if not isinstance(record, dict) or not all(isinstance(record.get(name, {}), dict) for name in ("config", "inputs")):
+        raise InputError(f"{path} is damaged: not a JSON object, or with no such in `config` or `inputs`")
     return record
 
 

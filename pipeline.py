@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from psacpo.align.config import AlignConfig
 from psacpo.console import say
 from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.engines.plan import LORA_RANKS
 from psacpo.files import read_manifest, readable_io_errors
+from psacpo.merge.config import MergeConfig
 from psacpo.recipe import RECIPE, Project
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Clock:
@@ -54,30 +60,82 @@ def frontier(project: Project, config: FrontierConfig) -> Path:
 
 
 def run(project: Project, clock: Clock | None = None) -> Path:
-    """align, frontier and, if a ratio was chosen, merge at it; finished parts are not done again.
+    """align, frontier and, if a policy was chosen, merge it; finished parts are not done again.
 
     Returns:
-        The frontier's run directory. The policy is in `policies/policy@RATIO` beside it.
+        The frontier's run directory. The policy is in `policies`, in a directory of its name; `merged` finds it.
     """
     from psacpo.evalharness import frontier
     from psacpo.evalharness.sweep import check
     from psacpo.merge import merge
 
-    clock = clock or Clock()
+    told, clock = clock is None, clock or Clock()
     # Everything that can be refused is refused before the first stage trains.
     align_config, frontier_config = project.align(), project.frontier()
     check(frontier_config)
     _require_adapters(align_config, frontier_config)
+    say("1 of 3: align")
     with clock("align"):
         align(project, align_config)
+    say("2 of 3: frontier")
     with clock("frontier"):
         measured = frontier(frontier_config)
-    ratio = json.loads((measured / "frontier.json").read_text(encoding="utf-8"))["choice"]["ratio"]
-    if ratio is not None:
-        config = project.merge(ratios=[ratio], overwrite=True)
+    config = _chosen(project, measured)
+    if config is None:
+        say("3 of 3: merge: nothing, no policy was chosen")
+    else:
+        say(f"3 of 3: merge: {config.out}")
         with clock("merge"):
             merge(config)
+    if told:
+        say(f"time: {clock}")
     return measured
+
+
+def merged(project: Project, measured: Path) -> dict[str, Any]:
+    """Where `run` left the chosen policy, and how to load and serve it; empty where none was chosen.
+
+    Args:
+        measured: What `run` returned.
+
+    Returns:
+        policy, its directory; load, a line of Python; serve, a command.
+    """
+    config = _chosen(project, measured)
+    if config is None:
+        return {}
+    place = str(config.out)
+    if (config.out / ADAPTER_CONFIG).is_file():
+        base, adapter = str(config.base), json.loads((config.out / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {place!r})"
+        rank = next((allowed for allowed in LORA_RANKS if allowed >= adapter["r"]), adapter["r"])
+        words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
+        words += ["--lora-modules", f"{config.out.name}={place}"]
+    else:
+        load, words = f"AutoModelForCausalLM.from_pretrained({place!r})", ["vllm", "serve", place]
+    found = {"policy": place, "load": load, "serve": shlex.join(words)}
+    if config.ratios and config.reward and (Path(config.reward) / ADAPTER_CONFIG).is_file():
+        recipe = "" if Path(project.name) == Path(RECIPE) else f" {shlex.quote(project.name)}"
+        found["dial"] = f"psacpo serve{recipe} --ratio {config.ratios[0]:g}"
+    return found
+
+
+def merged_lines(found: Mapping[str, Any]) -> list[str]:
+    """`merged` for a person."""
+    if not found:
+        return []
+    lines = [f"policy: {found['policy']}", f"load:   {found['load']}", f"serve:  {found['serve']}"]
+    return [*lines, f"        or {found['dial']}"] if "dial" in found else lines
+
+
+def _chosen(project: Project, measured: Path) -> MergeConfig | None:
+    """The merge of the policy that a frontier chose; None where it chose none."""
+    choice = json.loads((measured / "frontier.json").read_text(encoding="utf-8"))["choice"]
+    if choice["policy"] is None:
+        return None
+    if choice["ratio"] is not None:
+        return project.merge(ratios=[choice["ratio"]], overwrite=True)
+    return project.merge(policies=choice["weights"], overwrite=True)
 
 
 def _require_adapters(align_config: AlignConfig, frontier_config: FrontierConfig) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from psacpo.align.config import AlignConfig, Dtype, Lora, Names, Numbers, Stage, Tuning, spelled_out
 from psacpo.config import Strict, read_yaml, validate
 from psacpo.console import say
 from psacpo.errors import InputError
+from psacpo.evalharness.adaptive.settings import AdaptiveSwitch
+from psacpo.evalharness.baseline_settings import Baseline
 from psacpo.evalharness.command import command_line
-from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Judge, Metric, OpenAI, Ray, Vllm
+from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Metric, OpenAI, Ray, Vllm
+from psacpo.evalharness.judges.settings import Judge
+from psacpo.evalharness.prompt_sets import RecipePrompts, with_places
+from psacpo.evalharness.weights import WeightSweep, weights_name
 from psacpo.files import write_atomically
 from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, policy_name
 from psacpo.merge.mergekit import is_mergekit, read_mergekit
@@ -56,18 +61,22 @@ class Recipe(Strict):
     as_: OutputKind | None = Field(None, alias="as")
 
     # frontier
-    prompts: str | None = None
+    prompts: RecipePrompts | None = None
     judges: dict[str, Judge] = Field(default_factory=dict)
     ratios: list[float] = Field(default_factory=lambda: [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])
-    baselines: dict[str, dict[str, float]] = Field(default={"base": {}})
+    weights: WeightSweep | None = None
+    baselines: dict[str, Baseline] = Field(default={"base": {}})
     samples: int = 1
     generation: Generation = Generation()
     metrics: dict[str, Metric] = Field(default_factory=dict)
     axes: Axes = Axes()
+    objectives: list[str] | None = None
     audit: Axes | None = None
     constraints: list[Constraint] = Field(default_factory=list)
     confidence: float = 0.95
     resamples: int = 2000
+    holdout: float = 0.2
+    adaptive: AdaptiveSwitch = None
     max_invalid: float = 0.02
     engine: str = "auto"
     strategy: str = "auto"
@@ -76,6 +85,12 @@ class Recipe(Strict):
     openai: OpenAI = OpenAI()
     ray: Ray = Ray()
     frontier: str = "frontier"
+
+    @model_validator(mode="after")
+    def _one_sweep(self) -> Recipe:
+        if self.weights is not None and "ratios" in self.model_fields_set:
+            raise ValueError("a sweep is over ratios or over weights; allowed: one of these keys")
+        return self
 
 
 class Project:
@@ -109,7 +124,8 @@ class Project:
             values = _dump(self.recipe, AlignConfig)
             values |= {"base": self.resolve(self.recipe.base), "out": self.root / self.recipe.out}
             values["stages"] = [stage | {"data": self.resolve(stage["data"])} for stage in values["stages"]]
-            if self.recipe.prompts is not None:
+            # One file can be held against the training data; several are sets of others' prompts.
+            if isinstance(self.recipe.prompts, str):
                 values["evaluation_prompts"] = self.root / self.recipe.prompts
         values |= _said(flags)
         self._require(values, base="--base", stages="--reward-data and --safety-data", out="--out")
@@ -123,6 +139,9 @@ class Project:
             if not flags.get("policies"):
                 values |= {end: path for end, path in self._adapters().items() if end in ("reward", "safety")}
         given = _said(flags)
+        named = ""
+        if given.get("policies"):
+            given["policies"], named = self._weighed(given["policies"])
         values |= given
         sources = [values[end] for end in ("reward", "safety") if end in values] or list(given.get("policies", {}))
         if "base" not in given and any(_is_full_model(source) for source in sources):
@@ -132,9 +151,9 @@ class Project:
             self._require(values, reward="--reward", safety="--safety", ratios="--ratio")
         if "out" not in values:
             policies, ratios = self.root / "policies", values.get("ratios") or []
-            if not ratios:
+            if not ratios and not named:
                 raise InputError("'out' is missing: several policies have no name of their own", allowed="--out")
-            values["out"] = policies if len(ratios) > 1 else policies / policy_name(ratios[0])
+            values["out"] = policies if len(ratios) > 1 else policies / (named or policy_name(ratios[0]))
         return validate(MergeConfig, values, where=self.name)
 
     def frontier(self, **flags: Any) -> FrontierConfig:
@@ -147,14 +166,26 @@ class Project:
                 "out": self.root / self.recipe.frontier,
                 "adapters": self._adapters(),
                 "judges": {name: self._judge(judge) for name, judge in values["judges"].items()},
+                "baselines": {name: self._baseline(one) for name, one in values["baselines"].items()},
+                "metrics": {name: self._metric(metric) for name, metric in values["metrics"].items()},
             }
+            values["adapters"] |= self._trained(
+                {name for one in self.recipe.baselines.values() for name in _weighs(one)}
+            )
             values.pop("prompts", None)
             if self.recipe.prompts is not None:
-                values["prompts"] = self.root / self.recipe.prompts
+                values["prompts"] = with_places(self.recipe.prompts, lambda path: self.root / path)
         flags = _said(flags)
         values["command"] = command_line(self._as_seen_from_home(flags), self._recipe_argument())
-        for name in ("adapters", "judges", "vllm", "openai", "ray"):
-            values[name] = values.get(name, {}) | flags.pop(name, {})
+        if "baselines" in flags:
+            values.setdefault("baselines", {"base": {}})
+        if "ratios" in flags:
+            if "weights" in flags:
+                raise InputError("--ratio and --weights are two kinds of sweep", allowed="one of these")
+            values["weights"] = None
+        for name in ("adapters", "judges", "baselines", "vllm", "openai", "ray"):
+            if name in values or name in flags:
+                values[name] = values.get(name, {}) | flags.pop(name, {})
         values |= flags
         self._require(values, base="--base", prompts="--prompts", judges="--reward-model and --cost-model")
         return validate(FrontierConfig, values, where=self.name)
@@ -184,13 +215,28 @@ class Project:
         for stage in said["stages"]:
             stage["data"] = _seen_from(config.out, stage["data"])
         said["adapters"] = {stage.name: stage.name for stage in config.runs}
+        if self.recipe is not None and "adapters" in self.recipe.model_fields_set:
+            # What the recipe's own stages once left is not this output's; what its owner added from elsewhere is kept.
+            left = self.root / self.recipe.out
+            more = {
+                name: path
+                for name, path in self._adapters().items()
+                if name not in said["adapters"] and os.path.normpath(path) != os.path.normpath(left / name)
+            }
+            said["adapters"] |= {name: _seen_from(config.out, str(path)) for name, path in more.items()}
         said.pop("out", None)
         if self.recipe is not None:
+            for name, one in said.get("baselines", {}).items():
+                place = self._baseline(one).get("model")
+                if isinstance(place, str):
+                    said["baselines"][name]["model"] = _seen_from(config.out, place)
             if self.recipe.prompts is not None:
-                said["prompts"] = _seen_from(config.out, str(self.root / self.recipe.prompts))
+                said["prompts"] = with_places(
+                    self.recipe.prompts, lambda path: _seen_from(config.out, str(self.root / path))
+                )
             for name, judge in said.get("judges", {}).items():
-                if "model" in judge:
-                    judge["model"] = _seen_from(config.out, self._judge(said["judges"][name])["model"])
+                found = self._judge(said["judges"][name])
+                judge.update({key: _seen_from(config.out, str(found[key])) for key in _paths_of(found)})
         if home.exists():
             before = _left_before(home)
             if before is None:
@@ -238,10 +284,9 @@ class Project:
         assert self.recipe is not None
         judges = {name: judge.model_dump(exclude_unset=True, mode="json") for name, judge in config.judges.items()}
         for judge in judges.values():
-            if "model" in judge:
-                judge["model"] = _seen_from(self.root, judge["model"])
+            judge.update({key: _seen_from(self.root, judge[key]) for key in _paths_of(judge)})
         found: dict[str, Any] = {
-            "prompts": _seen_from(self.root, str(config.prompts)),
+            "prompts": with_places(config.prompts, lambda path: _seen_from(self.root, path)),
             "judges": judges,
             "constraints": [str(constraint) for constraint in config.constraints],
         }
@@ -260,24 +305,61 @@ class Project:
             if name in seen:
                 seen[name] = _seen_from(self.root, str(seen[name]), new=name == "out")
         seen["adapters"] = {n: _seen_from(self.root, str(path)) for n, path in seen.get("adapters", {}).items()}
+        seen["baselines"] = {
+            n: one | {"model": _seen_from(self.root, one["model"])} for n, one in seen.get("baselines", {}).items()
+        }
         seen["judges"] = {
-            n: judge | ({"model": _seen_from(self.root, judge["model"])} if "model" in judge else {})
+            n: judge | {key: _seen_from(self.root, str(judge[key])) for key in _paths_of(judge)}
             for n, judge in seen.get("judges", {}).items()
         }
         return seen
+
+    def _weighed(self, policies: Mapping[str, float]) -> tuple[dict[str, float], str]:
+        """Policies of `merge` with the recipe's adapters, by whose names they may be called, as paths.
+
+        Returns:
+            Them, and what a sweep would call their mixture; "" where one is none of the recipe's adapters.
+        """
+        adapters = self._adapters() if self.recipe is not None else {}
+        places = {name if name not in adapters else str(adapters[name]): w for name, w in policies.items()}
+        own = {path.resolve(): name for name, path in adapters.items()}
+        names = {own.get(Path(place).resolve()): weight for place, weight in places.items()}
+        ordered = {name: names[name] for name in adapters if name in names}
+        return places, weights_name(ordered) if len(ordered) == len(places) else ""
 
     def _adapters(self) -> dict[str, Path]:
         assert self.recipe is not None
         return {name: self.root / path for name, path in self.recipe.adapters.items()}
 
     def _judge(self, judge: dict[str, Any]) -> dict[str, Any]:
-        return judge | {"model": self.resolve(judge["model"])} if "model" in judge else judge
+        return judge | {key: self.resolve(str(judge[key])) for key in _paths_of(judge)}
+
+    def _trained(self, names: set[str]) -> dict[str, Path]:
+        """Of the adapters that baselines weigh and `adapters` does not name, those that the recipe's stages leave."""
+        assert self.recipe is not None
+        wanted = names - set(self.recipe.adapters)
+        if not wanted or not self.recipe.stages:
+            return {}
+        return {run.name: self.root / self.recipe.out / run.name for run in self.align().runs if run.name in wanted}
+
+    def _baseline(self, one: dict[str, Any]) -> dict[str, Any]:
+        place = one.get("model")
+        return one | {"model": self.resolve(place)} if isinstance(place, str) else one
+
+    def _metric(self, metric: dict[str, Any]) -> dict[str, Any]:
+        file = metric.get("calibration")
+        return metric | {"calibration": self.root / file} if file else metric
 
     def _require(self, values: Mapping[str, Any], **flags: str) -> None:
         for name, flag in flags.items():
             if not values.get(name):
                 where = "there is no psacpo.yaml here" if self.recipe is None else f"{self.name} does not say it"
                 raise InputError(f"'{name}' is missing: {where}", allowed=f"{flag}, or a recipe with it")
+
+
+def _weighs(one: Baseline) -> list[str]:
+    """The adapters of a baseline."""
+    return list(one) if isinstance(one, dict) else []
 
 
 def _left_before(home: Path) -> dict[str, Any] | None:
@@ -297,6 +379,12 @@ def _dump(recipe: Recipe, settings: type[Strict]) -> dict[str, Any]:
 
 def _said(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
+
+
+def _paths_of(judge: Mapping[str, Any]) -> list[str]:
+    """The settings of a judge that may be paths; a language model's name is its endpoint's business."""
+    keys = ("rubric_file",) if judge.get("kind") == "llm" else ("model", "path", "spec", "template_file")
+    return [key for key in keys if judge.get(key)]
 
 
 def _seen_from(directory: Path, name: str, *, new: bool = False) -> str:

@@ -104,6 +104,11 @@ def _from_arrow(path: Path) -> list[Row]:
         )
     except pa.ArrowException as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    bytes_of_csv = (
+        [] if path.name.lower().endswith(".parquet") else [f.name for f in table.schema if f.type == pa.binary()]
+    )
+    if bytes_of_csv:
+        raise InputError(f"{path}: column '{bytes_of_csv[0]}' holds text that is no UTF-8", allowed="a file in UTF-8")
     twice = sorted(name for name, count in Counter(table.column_names).items() if count > 1)
     if twice:
         raise InputError(f"{path} has two columns '{twice[0]}'", allowed="a name for each column")

@@ -7,7 +7,19 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "cli.md"
-VERBS = ("demo", "align", "merge", "frontier", "report", "serve", "run", "doctor")
+VERBS = (
+    "init",
+    "demo",
+    "align",
+    "merge",
+    "frontier",
+    "judge",
+    "compare",
+    "report",
+    "serve",
+    "run",
+    "doctor",
+)
 
 
 def render() -> str:

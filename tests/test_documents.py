@@ -115,6 +115,27 @@ def test_recipes_are_valid(recipe: Path) -> None:
     project.merge(ratios=[0.3])
 
 
+def test_the_table_of_judge_presets_is_the_codes() -> None:
+    from psacpo.evalharness.judges.presets import PRESETS
+
+    page = (ROOT / "docs" / "judges.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| (scalar|guard|refusal) \| (higher|lower) \| (.*?) \| (.*) \|$", page, flags=re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(PRESETS)
+    for name, kind, better, licence, model in rows:
+        one = PRESETS[name]
+        assert (kind, better, licence) == (one.settings["kind"], one.settings["better"], one.licence), name
+        assert model == (f"[{one.settings['model']}]({one.source})" if "model" in one.settings else "a rule of psacpo")
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("recipes/judges/*.yaml")), ids=lambda path: path.stem)
+def test_files_of_judges_are_valid(file: Path) -> None:
+    from psacpo.evalharness.judging.config import parse_judges
+
+    assert len(parse_judges([str(file)])) > 1
+
+
 def test_pages_name_every_key_of_a_recipe() -> None:
     from psacpo.align.config import Stage
     from psacpo.recipe import Recipe

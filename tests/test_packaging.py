@@ -62,7 +62,7 @@ def test_only_the_allow_list_ships(wheel: Path) -> None:
         assert name in modules or str(Path(name).parent) in packages or name.startswith("psacpo/demo/weights/"), name
         assert Path(name).suffix != ".txt"
     assert modules <= set(names)
-    assert not any("test" in name or "conftest" in name for name in names)
+    assert not any("tests/" in name or Path(name).name.startswith(("test_", "conftest")) for name in names)
     assert max(Counter(names).values()) == 1
 
 

@@ -10,7 +10,7 @@ from psacpo.align.config import AlignConfig
 from psacpo.recipe import Project
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "judges"))
 
 
 def read(name: str) -> AlignConfig:

@@ -471,9 +471,12 @@ def test_names_that_no_directory_can_have(key: str, name: str, pair: dict[str, A
     str(refused.value).encode()
 
 
-def test_a_reward_manifest_of_another_form_has_no_dial(pair: dict[str, Any], tmp_path: Path) -> None:
+def test_a_manifest_of_another_form_is_refused_in_one_line(pair: dict[str, Any], tmp_path: Path) -> None:
     (pair["safety"] / "psacpo.json").write_text('{"inputs": [1], "lambda": 1}')
-    assert run(tmp_path / "o", **pair)
+    with pytest.raises(InputError, match="psacpo.json is damaged: not a JSON object, or with no such in"):
+        run(tmp_path / "o", **pair)
+    (pair["safety"] / "psacpo.json").write_text('{"inputs": {}, "lambda": 1}')
+    assert run(tmp_path / "o", **pair), "one that says nothing of a dial is no reason to stop"
 
 
 def test_what_would_be_ignored_is_refused(pair: dict[str, Any], models: dict[str, Any], tmp_path: Path) -> None:
