@@ -53,7 +53,7 @@ def summary_lines(run: Path) -> list[str]:
     head = "/".join(adapters_of(one["weights"] for one in found["points"] if "weights" in one))
     entries = [*found["points"], *found["baselines"]]
     # Where an adaptive sweep asked some policies more than others.
-    counted = len({entry["n_prompts"] for entry in entries}) > 1
+    counted = len({entry.get("n_prompts") for entry in entries}) > 1
     columns = _columns(found, counted)
     rows = [[f"{head} %" if head else "policy", *columns, "verdict" if choice["constraints"] else ""]]
     if counted:

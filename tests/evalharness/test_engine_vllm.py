@@ -332,7 +332,7 @@ def test_a_policy_that_does_not_act_is_named(base: Path, adapters: dict[str, Ada
     plan = EnginePlan("vllm", "test", strategy="lora", max_lora_rank=16, max_model_len=64)
     engine = start(base, adapters, plan, GREEDY, max_num_seqs=8)
     try:
-        engine._lora.clear()
+        engine._lora = dict.fromkeys(engine._lora)
         prompts = [request.prompt_ids for request in requests]
         with pytest.raises(InputError, match=r"policy@0\.00 says what the base says .* do not act"):
             probe(engine, POLICIES, prompts, reference=None, dtype="float32")
