@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,21 +188,21 @@ class Criteria(Strict):
     holdout: Share = 0.2
     seed: int = Field(0, ge=0)
 
+    @abstractmethod
     def columns(self) -> dict[str, Column]:
         """The columns of scores that metrics are made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def samples_per_prompt(self) -> int:
         """The most answers that a policy gives to one prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def policy_names(self) -> list[str]:
         """The policies that are measured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def anchors(self) -> list[str]:
         """Policies that others are compared with: the base and the reward end, those of them that are there."""
-        raise NotImplementedError
 
     def better(self, metric: Metric) -> Better:
         """Which way a metric is better: the way of its judge, unless it says so itself; a win rate is better high."""

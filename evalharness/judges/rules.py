@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from psacpo.files import digest
 Settings = RegexJudge | LengthJudge | RepetitionJudge | TruncatedJudge
 
 
-class _Rule:
+class _Rule(ABC):
     """What the rules have in common: no model, no prompt, no memory."""
 
     batch_size = 1024
@@ -34,9 +35,9 @@ class _Rule:
         """One verdict an item."""
         return [self.one(item) for item in items]
 
+    @abstractmethod
     def one(self, item: Item) -> Verdict:
         """The verdict on one answer."""
-        raise NotImplementedError
 
 
 class Regex(_Rule):
