@@ -1,96 +1,32 @@
-"""psacpo.yaml, the one recipe of a project directory, and how each command's settings come out of it."""
+"""A project directory: how each command's settings come out of its psacpo.yaml and of flags.
+
+What one command needs is imported by that command alone: `psacpo merge` with flags is to start at once.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, model_validator
 
-from psacpo.align.config import AlignConfig, Dtype, Lora, Names, Numbers, Stage, Tuning, spelled_out
 from psacpo.config import Strict, read_yaml, validate
 from psacpo.console import say
 from psacpo.errors import InputError
-from psacpo.evalharness.adaptive.settings import AdaptiveSwitch
-from psacpo.evalharness.baseline_settings import Baseline
-from psacpo.evalharness.command import command_line
-from psacpo.evalharness.config import Axes, Constraint, FrontierConfig, Generation, Metric, OpenAI, Ray, Vllm
-from psacpo.evalharness.judges.settings import Judge
-from psacpo.evalharness.prompt_sets import RecipePrompts, with_places
-from psacpo.evalharness.weights import WeightSweep, weights_name
 from psacpo.files import write_atomically
-from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, OutputKind, policy_name
-from psacpo.merge.mergekit import is_mergekit, read_mergekit
+from psacpo.merge.config import SAFETENSORS_DTYPES, MergeConfig, policy_name
+
+if TYPE_CHECKING:
+    from psacpo.align.config import AlignConfig
+    from psacpo.evalharness.config import FrontierConfig
+    from psacpo.recipe_keys import Recipe
 
 RECIPE = "psacpo.yaml"
 _HEAD = "# Written by psacpo align. docs/align.md says what each key is, and which others there are.\n"
 # How far above its own directory a recipe still writes a path as relative.
 _MOST_UPS = 1
-
-
-class Recipe(Strict):
-    """Everything that a project's commands need. Relative paths are relative to the recipe's own directory."""
-
-    base: str
-    dtype: Dtype = "float32"
-    device: str = "auto"
-    template: str | None = None
-    seed: int = 0
-
-    # align
-    beta: float = Field(0.1, gt=0)
-    lambda_: float = Field(10.0, gt=0, alias="lambda")
-    tuning: Tuning = "lora"
-    lora: Lora = Lora()
-    quantization: Literal["4bit"] | None = None
-    max_length: int = 512
-    stages: list[Stage] = Field(default_factory=list)
-    order: Names | None = None
-    naive: bool = False
-    lambdas: Numbers = ()
-    gradient_checkpointing: bool = False
-    report_to: Names = ()
-    save_steps: int = Field(100, ge=0)
-    out: str = "."
-
-    # merge
-    adapters: dict[str, str] = Field(default_factory=lambda: {"reward": "reward", "safety": "safety"})
-    as_: OutputKind | None = Field(None, alias="as")
-
-    # frontier
-    prompts: RecipePrompts | None = None
-    judges: dict[str, Judge] = Field(default_factory=dict)
-    ratios: list[float] = Field(default_factory=lambda: [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])
-    weights: WeightSweep | None = None
-    baselines: dict[str, Baseline] = Field(default={"base": {}})
-    samples: int = 1
-    generation: Generation = Generation()
-    metrics: dict[str, Metric] = Field(default_factory=dict)
-    axes: Axes = Axes()
-    objectives: list[str] | None = None
-    audit: Axes | None = None
-    constraints: list[Constraint] = Field(default_factory=list)
-    confidence: float = 0.95
-    resamples: int = 2000
-    holdout: float = 0.2
-    adaptive: AdaptiveSwitch = None
-    max_invalid: float = 0.02
-    engine: str = "auto"
-    strategy: str = "auto"
-    probe: bool = True
-    vllm: Vllm = Vllm()
-    openai: OpenAI = OpenAI()
-    ray: Ray = Ray()
-    frontier: str = "frontier"
-
-    @model_validator(mode="after")
-    def _one_sweep(self) -> Recipe:
-        if self.weights is not None and "ratios" in self.model_fields_set:
-            raise ValueError("a sweep is over ratios or over weights; allowed: one of these keys")
-        return self
 
 
 class Project:
@@ -115,10 +51,14 @@ class Project:
                 return cls(None, Path(), "the command line")
         elif path.is_dir():
             path = path / RECIPE
+        from psacpo.recipe_keys import Recipe
+
         return cls(validate(Recipe, read_yaml(path), where=str(path)), path.parent, str(path))
 
     def align(self, **flags: Any) -> AlignConfig:
         """The settings of `align`; flags that are not None win."""
+        from psacpo.align.config import AlignConfig
+
         values: dict[str, Any] = {}
         if self.recipe is not None:
             values = _dump(self.recipe, AlignConfig)
@@ -158,6 +98,10 @@ class Project:
 
     def frontier(self, **flags: Any) -> FrontierConfig:
         """The settings of `frontier`; flags that are not None win, adapters and judges one by one."""
+        from psacpo.evalharness.command import command_line
+        from psacpo.evalharness.config import FrontierConfig
+        from psacpo.evalharness.prompt_sets import with_places
+
         values: dict[str, Any] = {"adapters": {}, "judges": {}, "out": self.root / "frontier"}
         if self.recipe is not None:
             values |= _dump(self.recipe, FrontierConfig)
@@ -204,6 +148,9 @@ class Project:
 
         Paths are written relative to that directory where they lie in it or beside it, and absolute elsewhere.
         """
+        from psacpo.align.config import AlignConfig, spelled_out
+        from psacpo.evalharness.prompt_sets import with_places
+
         home = config.out / RECIPE
         if self.recipe is not None and home.exists() and home.samefile(self.name):
             return
@@ -281,6 +228,8 @@ class Project:
 
     def _missing(self, config: FrontierConfig) -> dict[str, Any]:
         """Prompts, judges and constraints of `config` as psacpo.yaml would say them, but for those that it says."""
+        from psacpo.evalharness.prompt_sets import with_places
+
         assert self.recipe is not None
         judges = {name: judge.model_dump(exclude_unset=True, mode="json") for name, judge in config.judges.items()}
         for judge in judges.values():
@@ -320,6 +269,8 @@ class Project:
         Returns:
             Them, and what a sweep would call their mixture; "" where one is none of the recipe's adapters.
         """
+        from psacpo.evalharness.weights import weights_name
+
         adapters = self._adapters() if self.recipe is not None else {}
         places = {name if name not in adapters else str(adapters[name]): w for name, w in policies.items()}
         own = {path.resolve(): name for name, path in adapters.items()}
@@ -357,7 +308,7 @@ class Project:
                 raise InputError(f"'{name}' is missing: {where}", allowed=f"{flag}, or a recipe with it")
 
 
-def _weighs(one: Baseline) -> list[str]:
+def _weighs(one: object) -> list[str]:
     """The adapters of a baseline."""
     return list(one) if isinstance(one, dict) else []
 
@@ -408,7 +359,11 @@ def _seen_from(directory: Path, name: str, *, new: bool = False) -> str:
 
 def merge_settings(given: Path | None, **flags: Any) -> MergeConfig:
     """The settings of `merge` from flags and from what is named on the command line: a recipe, or a mergekit file."""
-    if given is None or not given.is_file() or not is_mergekit(read_yaml(given)):
+    if given is None or not given.is_file():
+        return Project.find(given).merge(**flags)
+    from psacpo.merge.mergekit import is_mergekit, read_mergekit
+
+    if not is_mergekit(read_yaml(given)):
         return Project.find(given).merge(**flags)
     spec = read_mergekit(given)
     models = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,26 @@ from psacpo.merge.floats import (
 
 # Weights whose sum is as near as this to 1 sum to 1: the rest is the rounding of decimal fractions.
 _ONE = 1e-15
-# The weight of what is added as it is.
-_WHOLE = 1
+
+
+class _Sum(NamedTuple):
+    """The memory of one sum: what is summed, by what (None: as it is), into what; a product on the way, room to round."""
+
+    parts: Sequence[Array]
+    factors: Sequence[Array | None]
+    total: Array
+    term: Array | None
+    scratch: Array
+
+
+class _Laid(NamedTuple):
+    """All memory that a block of n numbers needs; differences are triples one, other, where one - other goes."""
+
+    n: int
+    wide: Sequence[Array]
+    differences: Sequence[tuple[Array, Array, Array]]
+    sums: Sequence[_Sum]
+    out: Array
 
 
 class NotFinite(ArithmeticError):
@@ -62,7 +80,8 @@ class Blend:
         self._alone = [_alone(mix) for mix in self.mixes]
         self._affine = [abs(math.fsum(mix) - 1) <= _ONE for mix in self.mixes]
         working = working_dtype(dtype, *stored)
-        self._weights = [[working(weight) for weight in mix] for mix in self.mixes]
+        # Arrays without axes: numpy takes a plain number apart anew at each call.
+        self._weights = [[np.array(weight, working) for weight in mix] for mix in self.mixes]
         self._wide = [np.empty(size, working) for _ in stored]
         self._anchors = [max(range(len(mix)), key=lambda place: abs(mix[place])) for mix in self.mixes]
         summed = [place for place, alone in enumerate(self._alone) if alone is None]
@@ -78,6 +97,9 @@ class Blend:
         }
         self._total, self._term = np.empty(size, working), np.empty(size, working)
         self._out: Array = np.empty(size, STORAGE[dtype])
+        # The last sum is made where its parts are: what nobody asks for again need not leave the processor's cache.
+        self._last = summed[-1] if summed else None
+        self._laid = self._lay_out(size)
 
     def __call__(self, arrays: Sequence[Array]) -> Iterator[Array]:
         """Each sum as it is stored, shape [n], valid until the next is asked for.
@@ -89,9 +111,10 @@ class Blend:
             NotFinite: Some number of a source (whatever its weight) or of a sum is not finite.
         """
         n = len(arrays[0])
+        if n != self._laid.n:
+            self._laid = self._lay_out(n)
         paired = self._paired and n % 2 == 0
-        wide = [array[:n] for array in self._wide]
-        for numbers, array, stored in zip(wide, arrays, self.stored, strict=True):
+        for numbers, array, stored in zip(self._laid.wide, arrays, self.stored, strict=True):
             if paired:
                 widen_pairs(array, numbers)
             else:
@@ -100,34 +123,52 @@ class Blend:
         if all(alone is not None for alone in self._alone):
             self._require_finite(arrays)
         with np.errstate(all="ignore"):
-            for anchor, differences in self._differences.items():
-                for place, difference in enumerate(differences):
-                    if place != anchor:
-                        np.subtract(wide[place], wide[anchor], out=difference[:n])
-        for mix, weights, alone, affine, anchor in zip(
-            self.mixes, self._weights, self._alone, self._affine, self._anchors, strict=True
-        ):
+            for one, other, difference in self._laid.differences:
+                np.subtract(one, other, difference)
+        out = self._laid.out
+        for mix, alone, place in zip(self.mixes, self._alone, self._laid.sums, strict=True):
             if alone is not None and self.stored[alone] == self.dtype:
                 yield arrays[alone]
                 continue
-            total, term, out = self._total[:n], self._term[:n], self._out[:n]
             if alone is not None:
-                widen(arrays[alone], self.stored[alone], total)
-            elif affine:
-                others = [place for place in range(len(mix)) if place != anchor]
-                parts = [self._differences[anchor][place][:n] for place in others]
-                _accumulate([wide[anchor], *parts], [_WHOLE, *(weights[place] for place in others)], total, term)
+                widen(arrays[alone], self.stored[alone], place.total)
             else:
-                _accumulate(wide, weights, total, term)
-            scratch = term.view(np.uint32)[:n]
-            if not fits(total, self.dtype):
+                _accumulate(place.parts, place.factors, place.total, place.term)
+            if not fits(place.total, self.dtype):
                 self._require_finite(arrays)
-                narrow(self._sum_again(arrays, mix), self.dtype, out, scratch)
+                narrow(self._sum_again(arrays, mix), self.dtype, out, place.scratch)
             elif paired:
-                narrow_pairs(total, out, scratch)
+                narrow_pairs(place.total, out, place.scratch)
             else:
-                narrow(total, self.dtype, out, scratch)
+                narrow(place.total, self.dtype, out, place.scratch)
             yield out
+
+    def _lay_out(self, n: int) -> _Laid:
+        """Where everything lies for n numbers at a time. Views are made here: a block's take as long as its sums."""
+        wide = [array[:n] for array in self._wide]
+        apart = {anchor: [array[:n] for array in arrays] for anchor, arrays in self._differences.items()}
+        differences = [
+            (wide[place], wide[anchor], difference)
+            for anchor, found in apart.items()
+            for place, difference in enumerate(found)
+            if place != anchor
+        ]
+        sums = []
+        for number, (weights, affine, anchor) in enumerate(
+            zip(self._weights, self._affine, self._anchors, strict=True)
+        ):
+            parts: list[Array] = wide
+            factors: list[Array | None] = [*weights]
+            if affine and anchor in apart:
+                others = [place for place in range(len(weights)) if place != anchor]
+                parts = [wide[anchor], *(apart[anchor][place] for place in others)]
+                factors = [None, *(weights[place] for place in others)]
+            total, free = self._total[:n], self._term
+            term: Array | None = self._term[:n]
+            if number == self._last and len(parts) > 1:
+                total, term, free = parts[-1], None, parts[0]
+            sums.append(_Sum(parts, factors, total, term, free.view(np.uint32)[:n]))
+        return _Laid(n, wide, differences, sums, self._out[:n])
 
     def _require_finite(self, arrays: Sequence[Array]) -> None:
         for source, (array, stored) in enumerate(zip(arrays, self.stored, strict=True)):
@@ -152,16 +193,18 @@ class Blend:
         return total
 
 
-def _accumulate(values: Sequence[Array], weights: Sequence[Any], total: Array, term: Array) -> None:
-    """sum_i weights[i] * values[i] into `total`, the first last, so that a weight of 1 on it costs nothing."""
+def _accumulate(values: Sequence[Array], weights: Sequence[Array | None], total: Array, term: Array | None) -> None:
+    """sum_i weights[i] * values[i] into `total`, the first last, so that a weight of 1 (None) on it costs nothing.
+
+    `term` holds a product meanwhile; without it each value's own memory does, and `total` may be the last value's.
+    """
+    last = weights[-1]
+    assert last is not None
     with np.errstate(all="ignore"):
-        np.multiply(values[-1], weights[-1], out=total)
+        np.multiply(values[-1], last, total)
         for numbers, weight in zip(values[-2::-1], weights[-2::-1], strict=True):
-            if weight == 1:
-                np.add(total, numbers, out=total)
-                continue
-            np.multiply(numbers, weight, out=term)
-            np.add(total, term, out=total)
+            product = numbers if weight is None else np.multiply(numbers, weight, numbers if term is None else term)
+            np.add(total, product, total)
 
 
 def _alone(mix: Sequence[float]) -> int | None:

@@ -16,8 +16,9 @@ Array: TypeAlias = NDArray[Any]
 
 STORAGE: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """safetensors' name of a floating dtype -> the numpy dtype of its elements as they lie in a file."""
-# The half of a word that is bfloat16.
-_UPPER = np.uint32(0xFFFF0000)
+# The half of a word that is bfloat16; the other constants of rounding to it. (As arrays without axes: numpy takes a plain
+# number apart anew at each call.)
+_UPPER, _SIXTEEN, _ONE, _BELOW_HALF = (np.array(word, np.uint32) for word in (0xFFFF0000, 16, 1, 0x7FFF))
 # The least magnitude that rounds to infinity: half a step beyond the largest finite number.
 _OVERFLOW = {"F64": math.inf, "F32": 2.0**128 - 2.0**103, "F16": 65520.0, "BF16": 2.0**128 - 2.0**119}
 
@@ -40,7 +41,7 @@ def widen(stored: Array, dtype: str, out: Array) -> None:
         return
     words = (out if out.dtype == np.float32 else np.empty(out.shape, np.float32)).view(np.uint32)
     np.copyto(words, stored)
-    np.left_shift(words, 16, out=words)
+    np.left_shift(words, _SIXTEEN, words)
     if out.dtype != np.float32:
         np.copyto(out, words.view(np.float32))
 
@@ -81,7 +82,7 @@ def narrow(values: Array, dtype: str, out: Array, scratch: Array) -> None:
         values = _round_to_odd(values)
     words = values.view(np.uint32)
     _round_words(words, scratch)
-    np.right_shift(words, 16, out=words)
+    np.right_shift(words, _SIXTEEN, words)
     np.copyto(out, words, casting="unsafe")
 
 
@@ -95,8 +96,9 @@ def widen_pairs(stored: Array, out: Array) -> None:
         out: float32, shape [n].
     """
     pairs, words = stored.view(np.uint32), out.view(np.uint32)
-    np.bitwise_and(pairs, _UPPER, out=words[: len(pairs)])
-    np.left_shift(pairs, 16, out=words[len(pairs) :])
+    half = len(pairs)
+    np.bitwise_and(pairs, _UPPER, words[:half])
+    np.left_shift(pairs, _SIXTEEN, words[half:])
 
 
 def narrow_pairs(values: Array, out: Array, scratch: Array) -> None:
@@ -109,18 +111,19 @@ def narrow_pairs(values: Array, out: Array, scratch: Array) -> None:
     """
     words, pairs = values.view(np.uint32), out.view(np.uint32)
     _round_words(words, scratch)
-    odd, even = words[: len(pairs)], words[len(pairs) :]
-    np.bitwise_and(odd, _UPPER, out=pairs)
-    np.right_shift(even, 16, out=even)
-    np.bitwise_or(pairs, even, out=pairs)
+    half = len(pairs)
+    odd, even = words[:half], words[half:]
+    np.bitwise_and(odd, _UPPER, pairs)
+    np.right_shift(even, _SIXTEEN, even)
+    np.bitwise_or(pairs, even, pairs)
 
 
 def _round_words(words: Array, scratch: Array) -> None:
     """float32 as words: add half a step of bfloat16, less one where the last bit that stays is 0, so ties go to even."""
-    np.right_shift(words, 16, out=scratch)
-    np.bitwise_and(scratch, 1, out=scratch)
-    np.add(words, scratch, out=words)
-    np.add(words, 0x7FFF, out=words)
+    np.right_shift(words, _SIXTEEN, scratch)
+    np.bitwise_and(scratch, _ONE, scratch)
+    np.add(words, scratch, words)
+    np.add(words, _BELOW_HALF, words)
 
 
 def _round_to_odd(values: Array) -> Array:

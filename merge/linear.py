@@ -26,7 +26,7 @@ from psacpo.merge.tensorfiles import FLOATING, SIZES, Entry
 
 # Elements that are worked on at once, by measurement: fewer, and the calls cost more than the work; more, and nothing
 # stays in a core's caches.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 16
 # In the names of tensors that have a row for each token.
 _VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embed_out", "lm_head")
 # A model's weights go through two cores about as fast as memory gives and takes them.

@@ -138,7 +138,7 @@ def test_files_of_judges_are_valid(file: Path) -> None:
 
 def test_pages_name_every_key_of_a_recipe() -> None:
     from psacpo.align.config import Stage
-    from psacpo.recipe import Recipe
+    from psacpo.recipe_keys import Recipe
 
     pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("align", "merge", "frontier", "engines"))
     for settings in (Recipe, Stage):
