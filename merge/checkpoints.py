@@ -96,7 +96,11 @@ def _unchanged(source: StoredTensor, outputs: int, memory: _Memory) -> Blocks:
         values = memory.load(rows)
         source.require_finite(values, rows)
         same = dtype == source.dtype
-        buffer = _bytes(values) if same else memory.rounded(memory.widened(values), values, rows)
+        if same:
+            buffer: Buffer = _bytes(values)
+        else:
+            memory.widened(values)
+            buffer = memory.rounded(values, rows)
         yield rows.start * source.row * dtype.itemsize, [buffer] * outputs
 
 
@@ -114,31 +118,44 @@ class _Memory:
         self.read = torch.empty(size, dtype=source.dtype)
         self.wide = torch.empty(size, dtype=source.wide)
         self.write = torch.empty(size, dtype=dtype)
+        # The same memory as bytes and for numpy: views of torch take long to make, and there are many blocks.
+        self.read_bytes: memoryview = _bytes(self.read).data
+        self.write_bytes: memoryview = _bytes(self.write).data
+        self.numbers = self.wide.numpy()
         self.state = xxhash.xxh3_128()
 
     def load(self, rows: slice) -> torch.Tensor:
         """Rows as they are stored, valid until the next call; to be asked for in order, each once."""
-        values = self.source.read(rows, self.read)
-        self.state.update(_bytes(values).data)
-        return values
+        count = (rows.stop - rows.start) * self.source.row
+        view = self.read_bytes[: count * self.read.itemsize]
+        self.source.read_into(rows, view)
+        self.state.update(view)
+        return self.read[:count].view(rows.stop - rows.start, *self.source.shape[1:])
 
     def widened(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of values, of their shape, that may be worked on."""
+        """Values in the memory to work on them in, of their shape."""
         return self.wide[: values.numel()].view(values.shape).copy_(values)
 
-    def rounded(self, values: torch.Tensor, read: torch.Tensor, rows: slice) -> Buffer:
-        """The bytes of values made of some rows; `read`: the numbers of the base that they were made of."""
-        flat = values.view(-1)
-        if not fits(flat.numpy(), self.kind):
+    def rounded(self, read: torch.Tensor, rows: slice) -> Buffer:
+        """The bytes of what was made of some rows in the memory that `widened` gave.
+
+        Args:
+            read: The numbers of the base that it was made of.
+            rows: Which.
+        """
+        count = read.numel()
+        numbers = self.numbers[:count]
+        if not fits(numbers, self.kind):
             # The base's own numbers are to blame before what was made of them.
             self.source.require_finite(read, rows)
             of = "the base's dtype" if self.write.dtype == self.source.dtype else "dtype"
-            place = rows.start * self.source.row + (first_unfit(flat.numpy(), self.kind) or 0)
+            place = rows.start * self.source.row + (first_unfit(numbers, self.kind) or 0)
             index = [*map(int, np.unravel_index(place, self.source.shape))]
             raise InputError(
                 f"the merged weight {self.source.name} is not finite in {of} {self.kind}, at index {index}"
             )
-        return _bytes(self.write[: flat.numel()].copy_(flat))
+        self.write[:count].copy_(self.wide[:count])
+        return self.write_bytes[: count * self.write.itemsize]
 
 
 class _Tensor:
@@ -173,20 +190,29 @@ class _Tensor:
         used = {index for mix in mixes for index, weight in enumerate(mix) if weight != 0}
         norms = self._column_norms([index for index in self.dora if index in used]) if self.transposed else {}
         stacked: dict[tuple[int, ...], torch.Tensor] = {}
+        products: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for mix in mixes:
             owners = tuple(index for index in self.deltas if mix[index] != 0)
-            if owners and owners not in stacked:
+            if not owners:
+                products.append(None)
+                continue
+            if owners not in stacked:
                 stacked[owners] = torch.cat([self.deltas[index].A for index in owners])
+            # Folded once for the tensor: for each block it would cost as much as the product.
+            left = torch.cat([folded(self.deltas[index], mix[index], slice(None)) for index in owners], dim=1)
+            products.append((left, stacked[owners]))
         for rows in self.source.blocks():
             values = memory.load(rows)
             if self.saved:  # at weight 1 nothing of the base is left, nor of what is wrong with it
                 self.source.require_finite(values, rows)
             whole = self._whole(rows, values, used, norms)
-            mixed = (self._mixed(mix, rows, values, whole, stacked, memory) for mix in mixes)
             # One after the other, in one memory, whatever the number of mixes.
             yield (
                 rows.start * self.source.row * memory.write.itemsize,
-                (memory.rounded(value, values, rows) for value in mixed),
+                (
+                    self._mixed(mix, rows, values, whole, product, memory)
+                    for mix, product in zip(mixes, products, strict=True)
+                ),
             )
 
     def _mixed(
@@ -195,23 +221,21 @@ class _Tensor:
         rows: slice,
         values: torch.Tensor,
         whole: Mapping[int, torch.Tensor],
-        stacked: Mapping[tuple[int, ...], torch.Tensor],
+        product: tuple[torch.Tensor, torch.Tensor] | None,
         memory: _Memory,
-    ) -> torch.Tensor:
-        """Rows of the tensor at one mix, not yet rounded."""
+    ) -> Buffer:
+        """Rows of the tensor at one mix."""
+        mixed = values
         if any(mix[index] != 0 for index in whole):
-            block = values.to(self.wide)
-            values = interpolate(block, list(whole.values()), [mix[index] for index in whole])
-        value = memory.widened(values)
-        owners = tuple(index for index in self.deltas if mix[index] != 0)
-        if owners:
-            value.addmm_(
-                torch.cat([folded(self.deltas[index], mix[index], rows) for index in owners], dim=1), stacked[owners]
-            )
+            mixed = interpolate(values.to(self.wide), list(whole.values()), [mix[index] for index in whole])
+        value = memory.widened(mixed)
+        if product is not None:
+            left, right = product
+            value.addmm_(left[rows], right)
         for index, shift in self.shifts.items():
             if mix[index] != 0:
                 value.add_(shift[rows], alpha=mix[index])
-        return value
+        return memory.rounded(values, rows)
 
     def _whole(
         self, rows: slice, values: torch.Tensor, used: set[int], norms: Mapping[int, torch.Tensor]

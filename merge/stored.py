@@ -17,7 +17,7 @@ from psacpo.merge.tensorfiles import FLOATING, Entry, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Elements that are read and widened at once, 2 MiB in float32: what the processor's cache holds.
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,19 @@ class StoredTensor:
         for start in range(0, self.shape[0] if self.row else 0, rows):
             yield slice(start, min(self.shape[0], start + rows))
 
-    def read(self, rows: slice | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
+    def read(self, rows: slice | None = None) -> torch.Tensor:
         """Rows of it (None: all), in its own dtype. May be called from any thread.
-
-        Args:
-            rows: Which.
-            into: Memory to read them into: flat, of its dtype, at least as long as the rows.
 
         Raises:
             InputError: The file is gone, shorter than it was, or another one.
         """
         rows = rows or slice(0, self.shape[0])
-        count = (rows.stop - rows.start) * self.row
-        values = torch.empty(count, dtype=self.dtype) if into is None else into[:count]
-        view = memoryview(values.view(torch.uint8).numpy().data)
+        values = torch.empty((rows.stop - rows.start) * self.row, dtype=self.dtype)
+        self.read_into(rows, memoryview(values.view(torch.uint8).numpy().data))
+        return values.reshape(rows.stop - rows.start, *self.shape[1:])
+
+    def read_into(self, rows: slice, view: memoryview) -> None:
+        """`read` into the bytes of exactly as many numbers."""
         offset = self.begin + self.entry.start + rows.start * self.row * self.dtype.itemsize
         try:
             with self.path.open("rb", buffering=0) as handle:
@@ -89,7 +88,6 @@ class StoredTensor:
                     view, offset = view[got:], offset + got
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        return values.reshape(rows.stop - rows.start, *self.shape[1:])
 
     def require_finite(self, values: torch.Tensor, rows: slice | None = None) -> None:
         """Refuse rows of it, as they were read, that hold NaN or infinity, by file, tensor and index."""
