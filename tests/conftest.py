@@ -82,6 +82,13 @@ def make_model(path: Path, kind: str = "llama", *, seed: int = 0, chat: bool = T
     return path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at the whole demo waits for it."""
+    for item in items:
+        if "demo_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run where groups are not kept together: pytest-xdist 3.8 drops them without a word under pytest 9.2."""
     if getattr(session.config.option, "loadgroup", False):
