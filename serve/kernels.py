@@ -1,8 +1,12 @@
-"""A fault of vLLM's CPU kernels, mended in the servers that we start: the base answered with an adapter's weights.
+"""Two faults of vLLM's CPU kernels (0.32.0), mended in the servers that we start.
 
+The base answered with an adapter's weights:
 vLLM marks a token that wants no adapter with the index -1. Its CPU kernels (vllm.lora.ops.torch_ops, seen in 0.32.0) use
 that to index the adapter slots, where -1 is the last slot. While that slot is empty nothing shows. Once as many policies
 are loaded as there are slots, every request for the base gets the last one's policy.
+
+A request ended the server: with `prompt_logprobs` one request has a row for each token of its prompt, and the output
+embedding's kernel looks up one adapter for each request ("einsum(): subscript b has size ...").
 """
 
 from __future__ import annotations
@@ -28,6 +32,19 @@ def leave_the_base_alone() -> None:
             found = getattr(module, function, None)
             if found is not None and not hasattr(found, "__wrapped__"):
                 setattr(module, function, without_negative(found))
+
+
+def leave_the_logits_alone() -> None:
+    """Make vLLM's CPU kernels add nothing to logits: what is served changes no output embedding (`serve.policies`)."""
+    try:
+        wrapper: Any = import_module("vllm.lora.punica_wrapper.punica_cpu").PunicaWrapperCPU
+    except (ImportError, AttributeError):  # another version's layout
+        return
+    wrapper.add_lora_logits = _add_nothing
+
+
+def _add_nothing(_wrapper: object, logits: Any, *_rest: object, **_named: object) -> Any:
+    return logits
 
 
 def without_negative(expand: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,9 +17,10 @@ def register() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    from psacpo.serve.kernels import leave_the_base_alone
+    from psacpo.serve.kernels import leave_the_base_alone, leave_the_logits_alone
 
     leave_the_base_alone()
+    leave_the_logits_alone()
 
     class PolicyResolver(LoRAResolver):  # type: ignore[misc, unused-ignore]
         """Resolves the policies that the gate has let in, and no other name."""

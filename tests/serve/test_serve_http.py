@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from psacpo.serve.probe import prompt_scores
 
 openai = pytest.importorskip("openai")
 
@@ -281,6 +284,31 @@ def test_the_ends_and_the_base_are_what_they_say(first: Server, offline: Offline
     offline.model.load_state_dict(offline._bare)
     assert offline.greedy(row, answers[2][1])
     assert len({tuple(tokens) for _, tokens in answers}) == 3
+
+
+def test_log_probabilities_of_prompts_in_one_batch(first: Server, offline: Offline) -> None:
+    """They ended the server: vLLM's CPU kernels take one row for each request there."""
+    models = ["policy@0.37", "base", "policy@0.62"]
+    rows = prompts(8, seed=8)
+    client = first.client()
+
+    def scores(model: str) -> list[list[float]]:
+        answer = client.completions.create(model=model, prompt=rows, max_tokens=1, extra_body={"prompt_logprobs": 0})
+        return [prompt_scores(choice.prompt_logprobs) for choice in answer.choices]  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        answers = list(pool.map(scores, models))
+    for model, row, numbers in (
+        (model, *pair) for model, found in zip(models, answers, strict=True) for pair in zip(rows, found, strict=True)
+    ):
+        if model == "base":
+            offline.model.load_state_dict(offline._bare)
+        else:
+            offline.at(float(model.removeprefix("policy@")))
+        with torch.inference_mode():
+            logits = offline.model(torch.tensor([row])).logits[0, :-1].float().log_softmax(dim=-1)
+        wanted = logits.gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(numbers), wanted, atol=2e-3, rtol=0)
 
 
 def test_a_stream_is_the_same_answer_in_pieces(first: Server) -> None:
