@@ -46,6 +46,9 @@ TemplateOption = Annotated[
     str | None,
     typer.Option("--template", metavar="TEXT", help="Raw template with {prompt}; default: the chat template."),
 ]
+VerdictCacheOption = Annotated[
+    Path | None, typer.Option("--cache", metavar="DIR", help="Verdicts shared with other runs and files.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -328,6 +331,7 @@ def frontier(
         ),
     ] = None,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe's python judges run.")] = False,
+    cache: VerdictCacheOption = None,
     confidence: Annotated[
         float | None, typer.Option("--confidence", metavar="SHARE", help="Of intervals and certificates; default 0.95.")
     ] = None,
@@ -336,7 +340,7 @@ def frontier(
         typer.Option("--holdout", metavar="SHARE", help="Clusters kept out of choosing the ratio; default 0.2."),
     ] = None,
     adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Add ratios where they decide something, and ask no more than it takes.")
+        bool, typer.Option("--adaptive", help="Add ratios, or weights, where they decide something; ask no more than that.")
     ] = False,
     budget: Annotated[
         str | None,
@@ -376,7 +380,7 @@ def frontier(
             "--baseline": baseline,
         }
         given |= {"--reward-model": reward_model, "--cost-model": cost_model, "--samples": samples, "--engine": engine}
-        given |= {"--adaptive": adaptive, "--budget": budget}
+        given |= {"--adaptive": adaptive, "--budget": budget, "--cache": cache}
         if clash := [flag for flag, value in given.items() if value]:
             raise InputError("--from-scores asks no model", given=clash[0], allowed="scores, and what is asked of them")
         scores = scores_settings(
@@ -425,6 +429,9 @@ def frontier(
         out=out,
         seed=seed,
     )
+    if cache is not None:
+        # It changes no result: a run is made again without it.
+        config = config.model_copy(update={"cache": cache})
     if dry_run:
         from psacpo.evalharness.sweep import plan_summary
 
@@ -453,9 +460,7 @@ def judge(
     threshold: Annotated[
         float | None, typer.Option("--threshold", metavar="NUMBER", help="Scores above it count as the label 1.")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Verdicts shared with other runs and files.")
-    ] = None,
+    cache: VerdictCacheOption = None,
     max_invalid: Annotated[
         float | None, typer.Option("--max-invalid", metavar="SHARE", help="Of a judge's verdicts; default 0.02.")
     ] = None,
@@ -509,7 +514,7 @@ def compare(
 ) -> None:
     """Two runs' paired differences, at each ratio, of the choices, and in hypervolume."""
     from psacpo.evalharness.decision.compare import compare as job
-    from psacpo.evalharness.decision.compare import compare_lines
+    from psacpo.evalharness.decision.compare_lines import compare_lines
 
     if not 0.5 < confidence < 1:
         raise InputError("the confidence is out of range", given=confidence, allowed="over 0.5 and under 1")

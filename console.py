@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -33,14 +34,33 @@ class Advance(Protocol):
     def __call__(self, step: float = 1, *, note: str = "") -> None: ...
 
 
+class Display(Protocol):
+    """What shows all progress of a command of several steps in one place."""
+
+    def progress(self, label: str, total: float) -> contextlib.AbstractContextManager[Advance]: ...
+
+
+_display: Display | None = None
+
+
+def shown_in(display: Display | None) -> None:
+    """Show progress in a display from now on; None is on its own again."""
+    global _display
+    _display = display
+
+
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Advance]:
     """A progress bar on a terminal's error stream; elsewhere a plain line every `EVERY` seconds.
 
     A log of an hour's work is not silent, and holds no bars.
     """
+    if _display is not None:
+        with _display.progress(label, total) as shown:
+            yield shown
+        return
     if not sys.stderr.isatty():
-        yield _Lines(label, total)
+        yield lines(label, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -59,6 +79,11 @@ def progress(label: str, total: float) -> Iterator[Advance]:
             bar.update(task, advance=step, note=note)
 
         yield advance
+
+
+def lines(label: str, total: float) -> Advance:
+    """Progress in lines, for logs."""
+    return _Lines(label, total)
 
 
 class _Lines:
@@ -80,14 +105,14 @@ class _Lines:
         self.said, spent = now, now - self.started
         count = f"{self.done:g} of {self.total:g} " if max(self.total, self.done) < 1e6 else ""
         new = self.done - self.found
-        left = f", about {_clock(spent / new * (self.total - self.done))} left" if new > 0 else ""
+        left = f", about {clock(spent / new * (self.total - self.done))} left" if new > 0 else ""
         say(
-            f"{self.label}: {count}({self.done / self.total:.0%}) after {_clock(spent)}{left}"
+            f"{self.label}: {count}({self.done / self.total:.0%}) after {clock(spent)}{left}"
             + (f"; {note}" if note else "")
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Minutes and seconds, with hours where there are some: 4:05, 1:00:09."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -95,9 +120,41 @@ def _clock(seconds: float) -> str:
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """A plan for a person: a name and its value a line, lists and mappings in words, large counts in groups of three."""
+    """A plan for a person: a name and its value a line, lists and mappings in words, large counts in groups of three.
+
+    Of a mapping that holds mappings these are the rows of a table.
+    """
     width = max((len(name) for name in plan), default=0) + 2
-    return [f"{name + ':':<{width}}{_words(value, groups=True)}" for name, value in plan.items()]
+    found: list[str] = []
+    for name, value in plan.items():
+        if isinstance(value, Mapping) and any(isinstance(one, Mapping) for one in value.values()):
+            found += [f"{name}:", *(f"  {line}" for line in _table(value))]
+        else:
+            found.append(f"{name + ':':<{width}}{_words(value, groups=True)}")
+    return found
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    """What several rows have is a column; all else stands below."""
+    tabled = {name: row for name, row in rows.items() if isinstance(row, Mapping)}
+    keys = dict.fromkeys(key for row in tabled.values() for key in row)
+    columns = [key for key in keys if sum(key in row for row in tabled.values()) > 1]
+    cells = [["", *columns]]
+    cells += [
+        [name, *(_words(row[key], groups=True) if key in row else "" for key in columns)]
+        for name, row in tabled.items()
+    ]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(columns) + 1)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    for name, row in rows.items():
+        rest = {key: value for key, value in row.items() if key not in columns} if isinstance(row, Mapping) else row
+        lines += textwrap.wrap(f"{name}: {_words(rest, groups=True)}", 98) if rest or rest == 0 else []
+    return lines
 
 
 def _words(value: Any, *, groups: bool = False) -> str:

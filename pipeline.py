@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from psacpo.align.config import AlignConfig
 from psacpo.console import say
+from psacpo.display import Steps
 from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines.plan import LORA_RANKS
-from psacpo.files import read_manifest, readable_io_errors
+from psacpo.evalharness.run_files import COMPLETIONS, VERDICTS
+from psacpo.files import MANIFEST, read_manifest, readable_io_errors
 from psacpo.merge.config import MergeConfig
 from psacpo.recipe import RECIPE, Project
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-class Clock:
-    """Where the time went: seconds by label, in order."""
-
-    def __init__(self) -> None:
-        self.spent: list[tuple[str, float]] = []
-
-    @contextmanager
-    def __call__(self, label: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.spent.append((label, time.perf_counter() - started))
-
-    def __str__(self) -> str:
-        total = sum(seconds for _, seconds in self.spent)
-        parts = ", ".join(f"{label} {seconds:.1f} s" for label, seconds in self.spent)
-        return f"{parts}; in all {total:.1f} s"
 
 
 def align(project: Project, config: AlignConfig) -> Path:
@@ -59,7 +41,7 @@ def frontier(project: Project, config: FrontierConfig) -> Path:
     return run
 
 
-def run(project: Project, clock: Clock | None = None) -> Path:
+def run(project: Project) -> Path:
     """align, frontier and, if a policy was chosen, merge it; finished parts are not done again.
 
     Returns:
@@ -69,26 +51,24 @@ def run(project: Project, clock: Clock | None = None) -> Path:
     from psacpo.evalharness.sweep import check
     from psacpo.merge import merge
 
-    told, clock = clock is None, clock or Clock()
-    # Everything that can be refused is refused before the first stage trains.
     align_config, frontier_config = project.align(), project.frontier()
-    check(frontier_config)
-    _require_adapters(align_config, frontier_config)
-    say("1 of 3: align")
-    with clock("align"):
-        align(project, align_config)
-    say("2 of 3: frontier")
-    with clock("frontier"):
-        measured = frontier(frontier_config)
-    config = _chosen(project, measured)
-    if config is None:
-        say("3 of 3: merge: nothing, no policy was chosen")
-    else:
-        say(f"3 of 3: merge: {config.out}")
-        with clock("merge"):
-            merge(config)
-    if told:
-        say(f"time: {clock}")
+    trained = {f"align {stage.name}": [align_config.out / stage.name / MANIFEST] for stage in align_config.runs}
+    answered = [frontier_config.out / name for name in (COMPLETIONS, VERDICTS)]
+    with Steps(f"psacpo run {project.name}", ["check", *trained, "frontier", "merge"]) as shown:
+        # Everything that can be refused is refused before the first stage trains.
+        with shown.step({"check": []}):
+            check(frontier_config)
+            _require_adapters(align_config, frontier_config)
+        with shown.step(trained):
+            align(project, align_config)
+        with shown.step({"frontier": answered}):
+            measured = frontier(frontier_config)
+        config = _chosen(project, measured)
+        if config is None:
+            shown.skip("merge", "nothing, no policy was chosen")
+        else:
+            with shown.step({"merge": [config.out / MANIFEST]}):
+                merge(config)
     return measured
 
 
@@ -156,7 +136,6 @@ def demo(out: Path, seed: int) -> Path:
     """
     from psacpo.demo import write_project
 
-    clock = Clock()
     if seed < 0:
         raise InputError("the seed is negative", given=seed, allowed="0 and up")
     with readable_io_errors(out):
@@ -164,10 +143,7 @@ def demo(out: Path, seed: int) -> Path:
     if manifest is None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} is in use, and not by the demo", allowed="another --out")
-        with clock("write"):
-            write_project(out, seed)
+        write_project(out, seed)
     elif manifest.get("kind") != "demo" or manifest.get("seeds") != {"seed": seed}:
         raise InputError(f"{out} holds something else than the demo of seed {seed}", allowed="another --out")
-    measured = run(Project.find(out / RECIPE), clock)
-    say(f"time: {clock}")
-    return measured
+    return run(Project.find(out / RECIPE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +17,8 @@ from psacpo.prompting import render_prompt, require_chat_template
 _OTHER_HEADS = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$|RewardModel$|Classifier$"
 )
+# The first with NF4 on CPUs.
+_BITSANDBYTES = (0, 46)
 _QUESTION, _ANSWER = "psacpo-question", "psacpo-answer"
 
 
@@ -84,11 +86,17 @@ def require_trainable(model: nn.Module, name: str) -> None:
         )
 
 
-def require_quantisation(name: str | None, device: str) -> None:
-    """Refuse a quantised base where it cannot be had: it takes bitsandbytes and a CUDA device."""
+def require_quantisation(name: str | None) -> None:
+    """Refuse a quantised base where bitsandbytes is not there, or is of before it ran on CPUs too."""
     if name is None:
         return
-    lacking = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install 'psacpo[train]')"]
-    lacking += [] if device == "cuda" else ["a CUDA device"]
-    if lacking:
-        raise InputError(f"quantization {name} needs {' and '.join(lacking)}", allowed="quantization: null")
+    try:
+        found = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdecimal()) < _BITSANDBYTES:
+        raise InputError(
+            f"quantization {name} needs bitsandbytes {'.'.join(map(str, _BITSANDBYTES))} or later"
+            + (f", here is {found}" if found else ""),
+            allowed="pip install 'psacpo[train]', or quantization: null",
+        )

@@ -31,6 +31,13 @@ def repeats(verdicts: Iterable[tuple[Hashable, Hashable]]) -> tuple[set[int], se
     return duplicate, contradictory
 
 
+def is_blank(prompt: Prompt) -> bool:
+    """Whether nothing is asked: a text, or messages of the user, of nothing but space."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not any(message["role"] == "user" and message["content"].strip() for message in prompt)
+
+
 class Asked:
     """The prompts of an evaluation: training must not have seen them.
 

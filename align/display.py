@@ -77,6 +77,8 @@ def _facts(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "swapped" in counts:
         yield "  swapped, safe answer first", _share(counts["swapped"], used)
     yield "  different prompts", f"{one['prompts']:,}"
+    if "empty_prompts" in counts:
+        yield "  empty prompts", _share(counts["empty_prompts"], used)
     for name in ("duplicates", "contradictory"):
         yield f"  {name}", _share(counts.get(name, 0), used)
     if one["compared"]:

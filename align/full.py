@@ -53,6 +53,10 @@ def save_whole(
     for name, tensor in state.items():
         kept = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
         whole[name] = cast.setdefault(tensor.data_ptr(), kept)
+    # Gathered from shards they are two.
+    for name, source in model.all_tied_weights_keys.items():
+        if name in whole and source in whole:
+            whole[name] = whole[source]
     if not all_finite(*whole.values()):
         raise InputError(
             f"stage '{stage}': training ended in weights that are not finite in {dtype}",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from psacpo.align.pairs import Example
+from psacpo.align.examples import Example
 from psacpo.files import atomic_directory, write_manifest
 
 

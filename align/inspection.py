@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from psacpo.align import model as models
-from psacpo.align.config import AlignConfig, Stage
+from psacpo.align.config import AlignConfig
+from psacpo.align.examples import Labelled, Pair
 from psacpo.align.objectives import objective_of
-from psacpo.align.pairs import Labelled, Pair
 from psacpo.align.reading import Data, read_stages
+from psacpo.align.stage_config import Stage
 from psacpo.errors import InputError
 
 EXAMPLES = 5

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from psacpo.align.pairs import Example
+from psacpo.align.examples import Example
 
 Batch: TypeAlias = dict[str, Tensor]
 Layout: TypeAlias = Literal["shared", "padded"]

@@ -126,7 +126,7 @@ def modpo(terms: PairTerms, options: Options) -> Tensor:
 
 
 def safedpo(terms: PairTerms, options: Options) -> Tensor:
-    """DPO with a margin where the rejected answer is unsafe, on pairs put in order by `pairs.safe_first`. Shape (B,)."""
+    """DPO with a margin where the rejected answer is unsafe, on pairs put in order by `examples.safe_first`. Shape (B,)."""
     scores = options.beta * (terms.chosen - terms.rejected)
     return -F.logsigmoid(scores - options.safety_margin * _given(terms.margin))
 

@@ -92,6 +92,8 @@ def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) 
         for target in lora.target_modules:
             if not any(_is_target(name, target) for name in shapes):
                 raise InputError(f"lora.target_modules of {base.name}: {unknown_name('module', target, names)}")
+    if lora is not None:
+        _require_low_rank(base, lora, shapes)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise InputError(
@@ -107,6 +109,23 @@ def check_fits(base: Base, lora: Lora | None, *, longest: int, largest_id: int) 
     if lora is None:
         return sum(parameter.numel() for parameter in model.parameters())
     return lora.r * sum(sum(shape) for shape in shapes.values())
+
+
+def _require_low_rank(base: Base, lora: Lora, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse factors that are wider than every layer they are for: none would be of low rank."""
+    targets = lora.target_modules
+    # PEFT leaves the output layer out of all of them.
+    head = ("lm_head", "embed_out")
+    widths = [
+        min(shape)
+        for name, shape in shapes.items()
+        if (any(_is_target(name, one) for one in targets) if isinstance(targets, list) else not name.endswith(head))
+    ]
+    if widths and lora.r > max(widths):
+        raise InputError(
+            f"lora.r {lora.r} is above the width of every layer of {base.name} that it is for",
+            allowed=f"at most {max(widths)}, in a recipe",
+        )
 
 
 def _load_config(base: Base) -> Any:
@@ -173,19 +192,21 @@ def load_policy(
     *,
     gradient_checkpointing: bool,
     quantization: Literal["4bit"] | None = None,
+    device: str = "cpu",
 ) -> Any:
     """The base in `dtype`, frozen and without dropout, under a trainable LoRA adapter in float32.
 
     Args:
         start: An adapter directory whose weights to go on from; None makes a fresh adapter, which changes nothing
             until it is trained (B = 0). Its A is drawn from torch's global generator.
-        quantization: Of the base's linear layers; needs bitsandbytes and a CUDA device.
+        quantization: Of the base's linear layers; needs bitsandbytes.
+        device: "cuda" or "cpu", where a quantised base is put at once.
 
     Raises:
         InputError: The base's weights lack some of a causal language model's or are not finite, the start is an adapter
             of another base, or nothing would be trained.
     """
-    model = load_causal(base, dtype, **_quantised(quantization, dtype))
+    model = load_causal(base, dtype, **quantised(quantization, dtype, device))
     require_finite(model, base.name)
     if quantization is not None:
         # Norms in float32, as QLoRA has it. Recomputing activations is what the settings say.
@@ -223,7 +244,7 @@ def load_policy(
     return policy
 
 
-def _quantised(name: Literal["4bit"] | None, dtype: Dtype) -> dict[str, Any]:
+def quantised(name: Literal["4bit"] | None, dtype: Dtype, device: str) -> dict[str, Any]:
     """What `from_pretrained` takes for a quantised base: QLoRA's own settings."""
     if name is None:
         return {}
@@ -233,7 +254,8 @@ def _quantised(name: Literal["4bit"] | None, dtype: Dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[dtype],
     )
-    return {"quantization_config": settings, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+    place: int | str = int(os.environ.get("LOCAL_RANK", "0")) if device == "cuda" else device
+    return {"quantization_config": settings, "device_map": {"": place}}
 
 
 def _mismatch(error: Exception) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psacpo.align.config import Stage
+from psacpo.align.examples import Example, Labelled, Pair, labelled, mismatched, require_margins
 from psacpo.align.layout import Batch
 from psacpo.align.losses import LOSSES, AnswerTerms, Loss, Options, PairTerms, kl_baseline
-from psacpo.align.pairs import Example, Labelled, Pair, labelled, mismatched, require_margins
 from psacpo.align.scoring import Scorer
+from psacpo.align.stage_config import Stage
 from psacpo.errors import InputError
 
 
@@ -97,9 +97,9 @@ class Risky(Pairwise):
         super().begin(scorer)
         if scorer.start.passing:
             raise InputError(
-                f"stage '{self.stage.name}': {self.stage.loss} needs its start at every step, which sharded training "
-                "keeps only where that is the base",
-                allowed="start base, data-parallel training, or another loss",
+                f"stage '{self.stage.name}': {self.stage.loss} needs its start at every step, which ZeRO-3 and FSDP1 "
+                "keep only where that is the base",
+                allowed="start base, FSDP2, ZeRO-2, data-parallel training, or another loss",
             )
         assert self.loss.slopes is not None
         self.slopes = torch.tensor(self.loss.slopes(self.options), device=scorer.reference.device)

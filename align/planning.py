@@ -18,10 +18,12 @@ import transformers
 from psacpo import console
 from psacpo.align import model as models
 from psacpo.align.checks import require_assistant_turn, require_quantisation
-from psacpo.align.config import AlignConfig, Stage
+from psacpo.align.config import AlignConfig
+from psacpo.align.examples import Labelled, Pair
 from psacpo.align.objectives import objective_of
-from psacpo.align.pairs import Labelled, Pair, Pairs, draw
+from psacpo.align.pairs import Pairs, draw
 from psacpo.align.reading import read_stages
+from psacpo.align.stage_config import Stage
 from psacpo.errors import InputError, unknown_name
 from psacpo.files import (
     digest,
@@ -106,7 +108,7 @@ def prepare(config: AlignConfig) -> Prepared:
     device = resolve_device(config.device)
     for name in config.report_to:
         _check_report_to(name)
-    require_quantisation(config.quantization, device)
+    require_quantisation(config.quantization)
     models.require_language_model(base)
     tokenizer = models.load_tokenizer(base)
     require_assistant_turn(tokenizer, config.template)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psacpo.align.examples import Example
 from psacpo.align.forward import PLAIN, Route
-from psacpo.align.pairs import Example
 
 # How far the mean log-probability of a token may be off, in nats. Wrong masks or positions give tenths and more, and
 # rounding about 1e-6 in float32 and 1e-2 in half precision.

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psacpo.align.config import AlignConfig, Stage
+from psacpo.align.config import AlignConfig
 from psacpo.align.counting import Asked
 from psacpo.align.data import read_data
-from psacpo.align.pairs import Labelled, Pair, Pairs, encode_rows
+from psacpo.align.examples import Labelled, Pair
+from psacpo.align.pairs import Pairs, encode_rows
 from psacpo.align.presets import turns
+from psacpo.align.stage_config import Stage
 from psacpo.errors import InputError
 from psacpo.files import canonical_json
 from psacpo.rows import read_rows, require_columns

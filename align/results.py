@@ -13,9 +13,9 @@ from psacpo import console
 from psacpo.align import model as models
 from psacpo.align.checkpoints import full_disk_as_such
 from psacpo.align.config import AlignConfig
+from psacpo.align.examples import Example
 from psacpo.align.full import save_whole
 from psacpo.align.incident import save_batch
-from psacpo.align.pairs import Example
 from psacpo.align.planning import Prepared, Task, resolved_settings
 from psacpo.align.trainer import Metrics, Outcome
 from psacpo.errors import InputError

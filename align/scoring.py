@@ -12,11 +12,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from psacpo.align.drift import answer_risks, plain_head, reference_states
+from psacpo.align.examples import Example
 from psacpo.align.forward import PLAIN, Route, answer_log_probs
 from psacpo.align.layout import LAYOUTS, LENGTHS, Batch, group
-from psacpo.align.pairs import Example
 from psacpo.align.probe import choose_route, probe_pairs, window_obstacle
-from psacpo.align.reference import Start
+from psacpo.align.reference import Start, can_keep
 from psacpo.align.token_losses import Head
 
 # What one call of one module costs over forward and backward, in multiply-adds that the device does in that time.
@@ -93,7 +93,7 @@ class Scorer:
             FloatingPointError: The model gives log-probabilities that are not finite.
         """
         self.model = model
-        self.start = Start(self.policy, fresh=self.fresh, keep=self.independent)
+        self.start = Start(self.policy, fresh=self.fresh, keep=can_keep(self.accelerator))
         two = probe_pairs(self.pairs)
 
         def score(route: Route) -> Tensor:

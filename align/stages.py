@@ -112,6 +112,7 @@ def _load(config: AlignConfig, prepared: Prepared, start: Path | None) -> Any:
         start,
         gradient_checkpointing=recompute,
         quantization=config.quantization,
+        device=prepared.device,
     )
 
 

@@ -18,13 +18,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from psacpo import console
 from psacpo.align.checkpoints import Checkpoints, full_disk_as_such
-from psacpo.align.config import Stage
+from psacpo.align.examples import Example, Labelled, Pair
 from psacpo.align.forward import Route
 from psacpo.align.losses import all_finite, smoothed
 from psacpo.align.objectives import Pairwise, Risky, objective_of
-from psacpo.align.pairs import Example, Labelled, Pair
-from psacpo.align.reference import Start
+from psacpo.align.reference import Start, replaced, trainable
 from psacpo.align.scoring import Scorer
+from psacpo.align.stage_config import Stage
 from psacpo.errors import InputError
 
 Metrics = dict[str, float | int | None]
@@ -180,22 +180,13 @@ class PairTrainer(Trainer):
         if self.began is None:
             yield
             return
-        parameters = self._trained()
-        now = [parameter.detach().clone() for parameter in parameters]
-        _fill(parameters, self.began)
-        try:
+        with replaced(self.scorer.policy, self.began):
             yield
-        finally:
-            _fill(parameters, now)
-            self.began = None
-
-    def _trained(self) -> list[Tensor]:
-        policy: Any = self.model
-        return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.began = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.scorer.fresh:
-            self.began = [parameter.detach().clone() for parameter in self._trained()]
+            self.began = [parameter.detach().clone() for parameter in trainable(self.scorer.policy)]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -211,8 +202,11 @@ class PairTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, and beside it the records, averages and what the scorer knows of the start."""
         step = self.state.global_step
-        # What is about to be written whole needs none. Of sharded weights, the start could not be put back.
-        if self.checkpoints is None or self.reached or step >= self.args.max_steps or not self.scorer.independent:
+        # What is about to be written whole needs none.
+        if self.checkpoints is None or self.reached or step >= self.args.max_steps:
+            return
+        # Of other sharded weights the start could not be put back.
+        if not self.scorer.independent and not self.accelerator.is_fsdp2:
             return
         with full_disk_as_such(self.checkpoints.place):
             self._write_checkpoint(model, trial, step)
@@ -328,12 +322,6 @@ def note(record: Metrics) -> str:
     names = {"loss": "loss", "accuracy": "acc", "margin_smoothed": "margin", "kl": "kl", "risk": "risk"}
     known = [(word, record.get(name)) for name, word in names.items()]
     return " ".join(f"{word} {value:.3g}" for word, value in known if value is not None)
-
-
-def _fill(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
 
 
 def _flattened(states: dict[int, tuple[Tensor, ...]]) -> dict[str, Tensor]:

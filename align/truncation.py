@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from psacpo.align.config import Truncation
+from psacpo.align.stage_config import Truncation
 from psacpo.errors import InputError
 
 

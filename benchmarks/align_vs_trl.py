@@ -48,7 +48,7 @@ from trl.trainer.kto_trainer import KTOConfig, KTOTrainer
 
 from psacpo.align import AlignConfig
 from psacpo.align import model as policies
-from psacpo.align.pairs import Pair
+from psacpo.align.examples import Pair
 from psacpo.align.planning import prepare
 from psacpo.align.stages import training_arguments
 from psacpo.align.trainer import PairTrainer

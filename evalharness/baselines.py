@@ -48,6 +48,7 @@ def plan_outsiders(
     found = []
     for name, one in outsiders(config.baselines).items():
         common = {"adapters": {}, "baselines": {name: one}, "probe": False}
+        common["generation"] = config.generation.model_copy(update={"kl_to_base": False})
         if isinstance(one, ModelBaseline):
             found.append(_plan_model(config.model_copy(update=common), name, one, prompts))
         else:
@@ -117,7 +118,7 @@ def _plan(
 
 def _generation(config: FrontierConfig) -> dict[str, Any]:
     """What of the sampling decides an answer."""
-    return config.generation.model_dump(exclude={"batch_size", "logprobs"})
+    return config.generation.model_dump(exclude={"batch_size", "logprobs", "kl_to_base"})
 
 
 def _positions(path: Path) -> int | None:

@@ -15,7 +15,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.settings import AdaptiveSwitch
 from psacpo.evalharness.baseline_settings import Baseline, mixtures
 from psacpo.evalharness.decision.criteria import Axes, Column, Constraint, Criteria, Metric, known
-from psacpo.evalharness.intrinsic import INTRINSIC
+from psacpo.evalharness.intrinsic import INTRINSIC, KL
 from psacpo.evalharness.judges.llm_settings import LlmJudge
 from psacpo.evalharness.judges.settings import Judge, RefusalJudge
 from psacpo.evalharness.prompt_sets import Prompts, prompt_sets, roles_of
@@ -34,6 +34,9 @@ class Generation(Strict):
         temperature: 0 is greedy.
         batch_size: Rows of one forward pass of the transformers engine; vLLM fills its batches itself.
         logprobs: Store the log-probability of each token of an answer, at temperature 1.
+        kl_to_base: Measure how far each policy's answers are from the base's: one forward pass of the base for each
+            different answer. None is yes, but for engine openai: a vLLM on a CPU that serves adapters ends when it is
+            asked for the log-probabilities of a prompt (seen in 0.32).
     """
 
     max_new_tokens: int = Field(512, ge=1)
@@ -43,6 +46,7 @@ class Generation(Strict):
     stop: list[str] = Field(default_factory=list)
     batch_size: int = Field(32, ge=1)
     logprobs: bool = False
+    kl_to_base: bool | None = None
 
 
 class Vllm(Strict):
@@ -119,11 +123,13 @@ class FrontierConfig(Criteria):
         adapters: Name -> PEFT directory; `reward` and `safety` are the two ends of the sweep. Or whole models, which
             engine vllm takes by its strategy reload.
         weights: In the place of ratios, for more than two adapters: a grid over the simplex, or vectors of weights.
-        adaptive: Add ratios between the ends of `ratios` where they decide something, and ask no more than it takes.
+        adaptive: Add points where they decide something, between the ends of `ratios` or in the simplex of `weights`, and ask
+            no more than it takes.
         baselines: Name -> weights of adapters, a model directory, or an endpoint; no weights is the base model.
         engine: Who generates: see docs/engines.md.
         strategy: How vLLM gets the policies: stacked adapters side by side, or merged weights one after another.
         probe: Hold each policy's next-token probabilities against the dense merge's before the sweep.
+        cache: A directory of verdicts that other runs share, found by judge and text.
         command: What was typed, for the report; "" where the sweep was started from Python.
     """
 
@@ -149,6 +155,7 @@ class FrontierConfig(Criteria):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     allow_code: bool = False
+    cache: Path | None = None
     command: str = ""
 
     @model_validator(mode="after")
@@ -159,9 +166,7 @@ class FrontierConfig(Criteria):
         for ratio in self.ratios:
             if not math.isfinite(ratio) or not 0 <= ratio <= 1:
                 raise ValueError(f"ratio {ratio} is out of range; allowed: a number from 0 to 1")
-        if self.adaptive is not None and self.weights is not None:
-            raise ValueError("adaptive adds ratios and weights are given; allowed: one of them")
-        if self.adaptive is not None and len(self.ratios) < 2:
+        if self.adaptive is not None and self.weights is None and len(self.ratios) < 2:
             raise ValueError("adaptive adds ratios between the least and the greatest of ratios; allowed: two or more")
         if sorted(set(self.ratios)) != sorted(self.ratios):
             raise ValueError(f"two ratios are the same: {self.ratios}")
@@ -176,6 +181,13 @@ class FrontierConfig(Criteria):
             if max(map(abs, weights.values()), default=0) > 100:
                 raise ValueError(f"baseline '{name}' has a weight over 100: {weights}")
             known(f"baseline '{name}' weighs adapter", weights, self.adapters)
+        if self.engine == "openai" and self.generation.kl_to_base:
+            if self.openai.dialect != "vllm":
+                raise ValueError("generation.kl_to_base needs openai.dialect vllm, which tells of tokens by their ids")
+            if not self.bases():
+                raise ValueError(
+                    "generation.kl_to_base needs the base among the policies; allowed: baselines: {base: {}}"
+                )
         self.check_names()
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template holds no {prompt}")
@@ -186,7 +198,14 @@ class FrontierConfig(Criteria):
     def all_judges(self) -> dict[str, Judge]:
         """The recipe's judges, and the rules that are always there, but for those whose name the recipe gives away."""
         always = {name: one for name, one in INTRINSIC.items() if name not in self.metrics}
+        if not self.measures_kl():
+            always.pop(KL, None)
         return self.judges | {name: one for name, one in always.items() if name not in self.judges}
+
+    def measures_kl(self) -> bool:
+        """Whether answers are measured against the base."""
+        asked = self.generation.kl_to_base
+        return bool(asked) if self.engine == "openai" else asked is not False
 
     def columns(self) -> dict[str, Column]:
         """One column a judge, the rules that are always there among them."""

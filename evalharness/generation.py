@@ -16,6 +16,7 @@ from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines import Completion, Engine, Failure, Policy, make_engine
 from psacpo.evalharness.engines.plan import EnginePlan, engine_identity
 from psacpo.evalharness.judges import Judge
+from psacpo.evalharness.kl import BaseLogProbs
 from psacpo.evalharness.prompts import Job, PromptRow
 from psacpo.evalharness.records import Record, Store
 from psacpo.evalharness.run_files import COMPLETIONS, FAILURES, is_completion
@@ -79,12 +80,15 @@ class Answering:
     def __init__(self, config: FrontierConfig, plan: Plan, *, more: bool = False) -> None:
         self.config, self.plan, self.more = config, plan, more
         self._store = Store(config.out / COMPLETIONS, is_completion)
+        self._base = BaseLogProbs(config.out) if config.measures_kl() else None
         self._engine: Engine | None = None
         self._reference: Any = None
         self._probed: set[str] = set()
 
     def __enter__(self) -> Self:
         self._store.__enter__()
+        if self._base is not None:
+            self._base.__enter__()
         return self
 
     def __exit__(
@@ -94,6 +98,8 @@ class Answering:
             if self._engine is not None:
                 self._engine.close()
         finally:
+            if self._base is not None:
+                self._base.__exit__(kind, error, trace)
             self._store.__exit__(kind, error, trace)
 
     def found(self, jobs: Sequence[Job]) -> int:
@@ -120,7 +126,8 @@ class Answering:
                     failed |= {record["key"]: record for record in records if "error" in record}
                     advance(len(records))
         _settle_failures(self.config, jobs, failed, self._store.records)
-        return [(job, self._store.records[job.request.key]) for job in jobs]
+        answers = [(job, self._store.records[job.request.key]) for job in jobs]
+        return answers if self._base is None else self._base.of(answers, self._started)
 
     def _started(self) -> Engine:
         if self._engine is None:
@@ -192,6 +199,8 @@ def _record(job: Job, answer: Completion | Failure) -> Record:
         "finish_reason": answer.finish_reason,
         "seed": job.request.seed,
     }
+    if answer.log_prob is not None:
+        record |= {"log_prob": answer.log_prob, "end_id": answer.end_id}
     return record if answer.logprobs is None else record | {"logprobs": answer.logprobs}
 
 

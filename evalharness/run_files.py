@@ -7,13 +7,14 @@ from pathlib import Path
 from psacpo.evalharness.records import Record
 from psacpo.files import read_manifest
 
-FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN, FAILURES = (
+FRONTIER, COMPLETIONS, VERDICTS, PROMPTS, PLAN, FAILURES, BASE_LOG_PROBS = (
     "frontier.json",
     "completions.jsonl",
     "verdicts.jsonl",
     "prompts.jsonl",
     "plan.json",
     "failures.jsonl",
+    "base_log_probs.jsonl",
 )
 
 

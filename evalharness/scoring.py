@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from psacpo.config import validate
+from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.contest import Race
 from psacpo.evalharness.adaptive.settings import budget_warnings
 from psacpo.evalharness.adaptive.split import split
@@ -18,7 +20,7 @@ from psacpo.evalharness.decision.scores import Score, tabulate
 from psacpo.evalharness.decision.trace import metric_specs, remarks, trace
 from psacpo.evalharness.dial import lambda_bar
 from psacpo.evalharness.engines.base import Policy
-from psacpo.evalharness.intrinsic import INTRINSIC
+from psacpo.evalharness.intrinsic import INTRINSIC, KL
 from psacpo.evalharness.judges import Item, Judge, make_judge
 from psacpo.evalharness.judges.llm_replies import position_report
 from psacpo.evalharness.judges.presets import describe
@@ -27,6 +29,7 @@ from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.judging.calibrate import add_corrected
 from psacpo.evalharness.judging.quality import Verdicts, agreement_of, refuse_invalid
 from psacpo.evalharness.judging.verdicts import Answer, is_verdict, judge_all
+from psacpo.evalharness.kl import log_ratio, meaning
 from psacpo.evalharness.prompts import PromptRow
 from psacpo.evalharness.records import Record, Store
 from psacpo.evalharness.run_files import FRONTIER, PLAN, VERDICTS
@@ -58,9 +61,29 @@ def score(run: Measured, cache: Cache | None = None) -> Callable[[], None]:
         Raises:
             InputError: A judge's share of invalid verdicts is over `max_invalid`; everything is kept.
     """
+    run = measurable(run)
     verdicts, intrinsic = judge_answers(run, cache)
     write_frontier(run, verdicts, intrinsic)
     return lambda: refuse_invalid(verdicts, run.config.max_invalid, where=run.config.out)
+
+
+def measurable(run: Measured) -> Measured:
+    """The run without `kl_to_base` where no answer has it: made before it was measured, or where no engine tells.
+
+    Raises:
+        InputError: The recipe asks for it.
+    """
+    if not run.config.measures_kl() or any(log_ratio(record) for _, record in run.answers):
+        return run
+    generation = run.config.generation.model_copy(update={"kl_to_base": False})
+    values = run.config.model_dump(by_alias=True) | {"generation": generation.model_dump()}
+    try:
+        return replace(run, config=validate(FrontierConfig, values, where=str(run.config.out)))
+    except InputError as error:
+        raise InputError(
+            f"kl_to_base is asked for, and no answer in {run.config.out} has it",
+            allowed="answers made anew, in another --out, by an engine that tells of probabilities",
+        ) from error
 
 
 def write_frontier(run: Measured, verdicts: Verdicts, intrinsic: Verdicts) -> None:
@@ -118,6 +141,7 @@ def rules_of(config: FrontierConfig, judges: Mapping[str, Judge]) -> dict[str, J
 
 def item_of(row: PromptRow, record: Record) -> Item:
     """What a judge gets to see of a stored answer."""
+    ratio = log_ratio(record)
     return Item(
         prompt=row.prompt,
         completion=record["text"],
@@ -127,6 +151,8 @@ def item_of(row: PromptRow, record: Record) -> Item:
         fields=row.fields,
         finish_reason=record["finish_reason"],
         n_tokens=record.get("n_tokens"),
+        log_ratio=ratio[0] if ratio else None,
+        n_drawn=ratio[1] if ratio else None,
     )
 
 
@@ -149,6 +175,9 @@ def _agreement(config: FrontierConfig, verdicts: Verdicts) -> dict[str, Any]:
 def _head(run: Measured) -> dict[str, Any]:
     """What the numbers of frontier.json mean."""
     config = run.config
+    metrics = metric_specs(config)
+    if KL in metrics and KL not in config.judges and KL not in config.metrics:
+        metrics[KL]["meaning"] = meaning(config.generation)
     judges = {}
     for name, settings in config.judges.items():
         shown = settings.model_dump(mode="json", exclude_none=True)
@@ -161,7 +190,7 @@ def _head(run: Measured) -> dict[str, Any]:
     return {
         "axes": config.axes.model_dump(),
         "audit": config.audit.model_dump() if config.audit else None,
-        "metrics": metric_specs(config),
+        "metrics": metrics,
         "judges": judges,
         "intrinsic": [name for name in INTRINSIC if name in config.all_judges() and name not in config.judges],
     }

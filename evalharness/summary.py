@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
+from psacpo.evalharness.adaptive.settings import account_lines
 from psacpo.evalharness.weights import adapters_of, percents, weights_text
 
 WIDTH = 100
@@ -53,21 +54,22 @@ def summary_lines(run: Path) -> list[str]:
     head = "/".join(adapters_of(one["weights"] for one in found["points"] if "weights" in one))
     entries = [*found["points"], *found["baselines"]]
     # Where an adaptive sweep asked some policies more than others.
-    counted = len({entry.get("n_prompts") for entry in entries}) > 1
+    counted = any("answered" in entry for entry in entries)
     columns = _columns(found, counted)
     rows = [[f"{head} %" if head else "policy", *columns, "verdict" if choice["constraints"] else ""]]
     if counted:
-        rows[0].insert(1, "prompts")
+        rows[0].insert(1, "answered")
     for entry in entries:
         name = entry.get("policy") or entry["name"]
         mark = "chosen" if name == choice["policy"] else "certified" if entry.get("certified") else ""
         rows.append([_called(entry, head), *(_cell(entry.get(column)) for column in columns), mark])
         if counted:
-            rows[-1].insert(1, str(entry["n_prompts"]))
+            rows[-1].insert(1, str(entry.get("answered", "-")))
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     table.insert(1, "-" * max(map(len, table)))
     what = "weights" if "weights" in found["points"][0] else "ratio"
+    told = account_lines(found["adaptive"]) if "adaptive" in found else []
     chosen = said_of(choice) if choice["policy"] is not None else "none"
     return [
         *_folded(f"chosen {what}: {chosen}: {choice['why']}"),
@@ -75,6 +77,7 @@ def summary_lines(run: Path) -> list[str]:
         *table,
         "",
         *_folded(_naive(choice)),
+        *(line for text in told for line in _folded(text)),
         *(line for warning in found["warnings"] for line in _folded(f"warning: {warning}")),
         (
             f"{counts['generated']} answers to {counts['prompts']} prompts, {counts['truncated']} cut, "
@@ -124,7 +127,7 @@ def _columns(found: Mapping[str, Any], counted: bool) -> list[str]:
     unique = list(dict.fromkeys(names))
     policies = [entry.get("policy") or entry["name"] for entry in (*found["points"], *found["baselines"])]
     width, fitting = max(len(_short(name)) for name in policies) + 2 + len("certified"), []
-    width += len("  prompts") if counted else 0
+    width += len("  answered") if counted else 0
     for name in unique:
         width += max(len(name), 6) + 2
         if width > WIDTH:

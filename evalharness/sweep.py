@@ -20,6 +20,7 @@ from psacpo.evalharness.engines import Policy
 from psacpo.evalharness.engines.plan import engine_identity, plan_engine
 from psacpo.evalharness.engines.whole import WholeModel, read_policy
 from psacpo.evalharness.generation import Plan, generate
+from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.prompt_sets import digest_prompts
 from psacpo.evalharness.prompts import plan_jobs
 from psacpo.evalharness.records import locked, read_records
@@ -53,6 +54,7 @@ def frontier(config: FrontierConfig) -> Path:
     config = starting(config)
     plan = _plan(config)
     prepared = prepare(config, plan) if config.adaptive else None
+    cache = Cache(config.cache)
     with locked(config.out):
         _write_inputs(config, plan)
         if prepared is not None:
@@ -61,7 +63,7 @@ def frontier(config: FrontierConfig) -> Path:
         else:
             parts = [(config, plan), *plan.others]
             answers = [(job.row, record) for own, part in parts for job, record in generate(own, part)]
-        refuse = score(Measured(config, policies_of(config), plan.prompts, answers, plan.judges))
+        refuse = score(Measured(config, policies_of(config), plan.prompts, answers, plan.judges), cache)
     refuse()
     return config.out
 
@@ -128,7 +130,7 @@ def _plan(config: FrontierConfig) -> Plan:
             "base": base_digest,
             # Log-probabilities are part of a record, but no answer hangs on whether they are there.
             "generation": config.generation.model_dump(
-                exclude={"batch_size"} if config.generation.logprobs else {"batch_size", "logprobs"}
+                exclude={"batch_size", "kl_to_base"} | (set() if config.generation.logprobs else {"logprobs"})
             ),
         }
         | engine_identity(config),
@@ -136,9 +138,10 @@ def _plan(config: FrontierConfig) -> Plan:
     )
     jobs = jobs_of(policies)
     require_one_bos(tokenizer, jobs)
-    engine = plan_engine(config, base, adapters, policies, [job.request for job in jobs])
+    later = mixable(config) if config.adaptive is not None else []
+    engine = plan_engine(config, base, adapters, [*policies, *later], [job.request for job in jobs])
     if config.adaptive is not None:
-        engine = replace(engine, spare=config.adaptive.most_ratios - config.adaptive.start)
+        engine = replace(engine, spare=config.adaptive.most_ratios - len(config.point_names()))
     plan = Plan(base, base_digest, adapters, judges, prompts, policies, jobs, engine)
     plan.others = plan_outsiders(config, prompts, base)
     plan.jobs_of = jobs_of
@@ -152,6 +155,12 @@ def policies_of(config: FrontierConfig) -> list[Policy]:
         swept = [Policy(weights_name(vector), vector, point=True) for vector in config.weight_points()]
     mixed = mixtures(config.baselines)
     return swept + [Policy(name, mixed.get(name, {})) for name in config.baselines]
+
+
+def mixable(config: FrontierConfig) -> list[Policy]:
+    """A mixture of all adapters that an adaptive sweep over weights may come to mix; none for ratios."""
+    weighed = dict.fromkeys(name for vector in config.weight_points() for name in vector)
+    return [Policy("any mixture", dict.fromkeys(weighed, 1 / len(weighed)), point=True)] if weighed else []
 
 
 def _write_inputs(config: FrontierConfig, plan: Plan) -> None:

@@ -18,6 +18,7 @@ MOST_POINTS = 1001
 # How far the weights of a point may be from 1 in sum: what decimal fractions leave.
 _SUM_TOLERANCE = 1e-6
 _DIGITS = 4
+_STEPS = 4
 _NAME = re.compile(r"[\w.@-]{1,64}")
 
 
@@ -25,11 +26,11 @@ class Grid(Strict):
     """All vectors of weights in multiples of 1/steps that sum to 1; read from `grid`, `grid:8`, or a mapping.
 
     Attributes:
-        steps: Of each weight from 0 to 1.
+        steps: Of each weight from 0 to 1; None is 4, or a coarser start where a sweep is adaptive.
         of: The adapters that are weighed; None is all of `adapters`.
     """
 
-    steps: int = Field(4, ge=1, le=1000)
+    steps: int | None = Field(None, ge=1, le=1000)
     of: list[str] | None = Field(None, min_length=2)
 
     @model_validator(mode="before")
@@ -83,11 +84,12 @@ def weight_points(sweep: Grid | Sequence[Weights], adapters: Iterable[str]) -> l
         _require_known("weights: of", own, names)
         if len(set(own)) < len(own):
             raise ValueError(f"weights: of names an adapter twice: {', '.join(own)}")
-        count = math.comb(sweep.steps + len(own) - 1, len(own) - 1)
+        steps = sweep.steps or _STEPS
+        count = math.comb(steps + len(own) - 1, len(own) - 1)
         if count > MOST_POINTS:
-            raise ValueError(f"weights: a grid of {sweep.steps} steps over {len(own)} adapters has {count} points; "
+            raise ValueError(f"weights: a grid of {steps} steps over {len(own)} adapters has {count} points; "
                              f"allowed: at most {MOST_POINTS}")  # fmt: skip
-        vectors = grid(own, sweep.steps)
+        vectors = grid(own, steps)
     else:
         vectors = [dict(vector) for vector in sweep]
         if not 1 <= len(vectors) <= MOST_POINTS:

@@ -1,4 +1,4 @@
-"""Tests that may be looked at after every prompt, in the place of `certify.Certifier`'s, which see all prompts once."""
+"""Tests that may be looked at after every prompt, in the place of `certifier.Certifier`'s, which see all prompts once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from psacpo.evalharness.adaptive.split import Places, Split, race_range
-from psacpo.evalharness.decision.certify import Certifier
+from psacpo.evalharness.decision.certifier import Certifier
 from psacpo.evalharness.decision.criteria import Constraint, Criteria
 from psacpo.evalharness.decision.measures import Mean, Measure, Worst
 from psacpo.evalharness.decision.scores import Scores
@@ -65,9 +65,7 @@ class AnytimeCertifier(Certifier):
 
         So what is added later, for whatever reason, comes after what has been looked at.
         """
-        some = np.any([~np.isnan(values[k]).all(axis=1) for values in self._scores.values.values()], axis=0)
-        answered = np.bincount(self._scores.owner[some], minlength=len(self.use)) > 0
-        gaps = np.flatnonzero(~answered[self._matters])
+        gaps = np.flatnonzero(~self._scores.asked(k)[self._matters])
         found: Places = self._matters[: gaps[0]] if len(gaps) else self._matters
         return found
 
@@ -127,3 +125,10 @@ def decided(
             return False, constraint
     passed = all(certifier.test(constraint, measure, k).passed for constraint, measure in tests)
     return (True, None) if passed else (None, None)
+
+
+def sorter(criteria: Criteria, scores: Scores, parts: Split, level: float) -> AnytimeCertifier | None:
+    """What the design's clusters say of each mixture of a sweep over weights; None for ratios, whose order is known."""
+    if not any(scores.policies[k].point for k in scores.swept):
+        return None
+    return AnytimeCertifier(criteria, scores, parts, level, among=parts.design, quick=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.procedure import Procedure
+from psacpo.evalharness.adaptive.settings import account_lines
 from psacpo.evalharness.adaptive.split import Split
 from psacpo.evalharness.baseline_settings import mixtures, outsiders
 from psacpo.evalharness.config import FrontierConfig
@@ -18,7 +19,6 @@ from psacpo.evalharness.generation import Plan
 from psacpo.evalharness.prompts import Job
 from psacpo.evalharness.records import Record
 from psacpo.evalharness.statistics.bootstrap import Mask
-from psacpo.merge.config import policy_name
 
 
 class Books:
@@ -39,7 +39,7 @@ class Books:
         self.lengths = {job.row.id: len(job.request.prompt_ids) for job in plan.jobs}
         self.parts, self.shadows = parts, list(shadows)
         mixed = [name for name in mixtures(config.baselines) if name not in self.shadows]
-        first = {*map(policy_name, config.ratios), *mixed, *self.shadows}
+        first = {*config.point_names(), *mixed, *self.shadows}
         self.design = self._cost(parts.design, len(first))
         held = self._cost(parts.held, 1 + len(self.shadows))
         others = self._cost(parts.design, len(outsiders(config.baselines)))
@@ -85,7 +85,7 @@ class Books:
         """Generations that the sweep cannot pass."""
         everything = np.ones_like(self.parts.design)
         one = self.prompts(everything) * self.config.samples
-        fixed = {*mixtures(self.config.baselines), *self.shadows} - set(map(policy_name, self.config.ratios))
+        fixed = {*mixtures(self.config.baselines), *self.shadows} - set(self.config.point_names())
         shadowed = [name for name in fixed if name in self.shadows]
         design = self.prompts(self.parts.design) * self.config.samples
         found = self.adaptive.most_ratios * (one - self.prompts(self.parts.held) * self.config.samples)
@@ -95,22 +95,21 @@ class Books:
             found = min(found, self.budget.amount)
         return found
 
-    def full_grid(self, ratios: int) -> int:
-        """Generations that as many ratios and the baselines would take, each on every prompt."""
-        return (ratios + len(self.config.baselines)) * len(self.plan.prompts) * self.config.samples
+    def full_grid(self, points: int) -> int:
+        """Generations that as many points and the baselines would take, each on every prompt."""
+        return (points + len(self.config.baselines)) * len(self.plan.prompts) * self.config.samples
 
     def record(self, procedure: Procedure) -> dict[str, Any]:
         """`adaptive` of frontier.json."""
-        ratios = []
-        for ratio in procedure.ratios:
-            name = policy_name(ratio)
+        points = []
+        for name in procedure.space.names:
             asked = np.zeros_like(self.parts.design)
             asked[list(procedure.asked.get(name, ()))] = True
-            entry = {"ratio": ratio, "policy": name} | procedure.reasons[name] | {"prompts": self.prompts(asked)}
+            entry = procedure.space.entry(name) | procedure.reasons[name] | {"prompts": self.prompts(asked)}
             if self.config.constraints:
                 entry["outcome"] = procedure.outcomes.get(name, "not asked: the walk ended before it")
-            ratios.append(entry)
-        spent, full = sum(self.generations.values()), self.full_grid(len(ratios))
+            points.append(entry)
+        spent, full = sum(self.generations.values()), self.full_grid(len(points))
         return {
             "settings": self.adaptive.model_dump(mode="json"),
             "prompts": {
@@ -118,7 +117,7 @@ class Books:
                 "test": self.prompts(self.parts.test),
                 "held_out": self.prompts(self.parts.held),
             },
-            "ratios": ratios,
+            "points": points,
             "rounds": self.rounds,
             "generations": dict(self.generations) | {"spent": spent, "full_grid": full, "saved": 1 - spent / full},
             "tokens": dict(self.tokens),
@@ -127,11 +126,7 @@ class Books:
 
     def line(self, procedure: Procedure) -> str:
         """The account for a person."""
-        spent, full = sum(self.generations.values()), self.full_grid(len(procedure.ratios))
-        return (
-            f"adaptive: {spent:,} answers in {self.rounds} rounds, {spent / full:.0%} of the {full:,} that these "
-            f"{len(procedure.ratios)} ratios would take in full"
-        )
+        return account_lines(self.record(procedure))[0]
 
 
 def require_affordable(config: FrontierConfig, books: Books) -> None:

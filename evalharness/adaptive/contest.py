@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from psacpo.evalharness.adaptive.anytime import AnytimeCertifier
+from psacpo.evalharness.adaptive.anytime import AnytimeCertifier, sorter
 from psacpo.evalharness.adaptive.split import Split
 from psacpo.evalharness.decision.criteria import Criteria, Metric
 from psacpo.evalharness.decision.measures import Mean, Measure
@@ -100,9 +100,18 @@ class Race:
         """The clusters for the chosen ratio's own numbers, [C]."""
         return self.parts.held
 
+    @property
+    def shared(self) -> Mask:
+        """The design's clusters, which every policy answered, [C]."""
+        return self.parts.design
+
     def certifier(self, criteria: Criteria, scores: Scores, level: float) -> AnytimeCertifier:
         """Tests that hold whenever the sweep stopped asking."""
         return AnytimeCertifier(criteria, scores, self.parts, level)
+
+    def order(self, criteria: Criteria, scores: Scores, level: float) -> AnytimeCertifier | None:
+        """What the design says of each mixture; None for ratios, whose order is known."""
+        return sorter(criteria, scores, self.parts, level)
 
     def pick(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 
 from psacpo.evalharness.adaptive.run import Prepared
 from psacpo.evalharness.adaptive.simulation import play, world
+from psacpo.evalharness.adaptive.space import space_of
 from psacpo.evalharness.baseline_settings import mixtures
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.generation import Plan
@@ -34,21 +35,20 @@ def estimate(config: FrontierConfig, plan: Plan, prepared: Prepared) -> dict[str
             "new tokens at most": generations * config.generation.max_new_tokens,
         }
 
-    first = len({*map(str, config.ratios), *mixtures(config.baselines)})
+    first = len({*config.point_names(), *mixtures(config.baselines)})
     start = first * books.prompts(books.parts.design) * config.samples
-    found: dict[str, Any] = {
-        "start": cost(start),
-        "at most": cost(books.most()),
-        "full grid": {"ratios": config.adaptive.most_ratios} | cost(books.full_grid(config.adaptive.most_ratios)),
-    }
-    if config.adaptive.budget is not None:
-        found["budget"] = str(config.adaptive.budget)
+    found: dict[str, Any] = {"start": cost(start)}
+    most = config.adaptive.most_ratios
     if config.constraints:
         likely = _simulated(config, plan, prepared)
         found["likely, by simulation"] = cost(likely) | {
-            "share of the full grid": f"{likely / books.full_grid(config.adaptive.most_ratios):.0%}",
-            "of": f"{_RUNS} made-up sweeps whose unsafe rate crosses the limit near ratio 0.5; yours is another",
+            "share of the full grid": f"{likely / books.full_grid(most):.0%}",
+            "of": f"{_RUNS} made-up sweeps whose unsafe rate crosses the limit near the middle; yours is another",
         }
+    found["at most"] = cost(books.most())
+    found["full grid"] = cost(books.full_grid(most)) | {f"{prepared.procedure.space.kind}s": most}
+    if config.adaptive.budget is not None:
+        found["budget"] = str(config.adaptive.budget)
     return found
 
 
@@ -63,7 +63,8 @@ def _simulated(config: FrontierConfig, plan: Plan, prepared: Prepared) -> int:
     shares = []
     for run in range(_RUNS):
         criteria = world(limit, confidence=config.confidence, samples=config.samples, seed=run, holdout=config.holdout)
-        shares.append(play(criteria, free, size, np.random.default_rng([config.seed, run])).spent / whole)
+        draw = np.random.default_rng([config.seed, run])
+        shares.append(play(criteria, free, size, draw, space=space_of(config)).spent / whole)
     books = prepared.books
     beside = len(mixtures(config.baselines)) * books.prompts(books.parts.design) * config.samples
     return min(books.most(), round(float(np.mean(shares)) * len(plan.prompts) * config.samples) + beside)

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from psacpo.evalharness.adaptive.anytime import AnytimeCertifier, decided
+from psacpo.evalharness.adaptive.anytime import AnytimeCertifier, decided, sorter
 from psacpo.evalharness.adaptive.contest import compare
 from psacpo.evalharness.adaptive.settings import Adaptive
+from psacpo.evalharness.adaptive.space import Space, Step
 from psacpo.evalharness.adaptive.split import Places, Split
 from psacpo.evalharness.decision.certify import meets, starts_at_reward
 from psacpo.evalharness.decision.criteria import Constraint, Criteria
 from psacpo.evalharness.decision.measures import Measure, make_measure
+from psacpo.evalharness.decision.order import learned
 from psacpo.evalharness.decision.scores import Scores
 from psacpo.evalharness.statistics.bootstrap import bootstrap_weights
 from psacpo.evalharness.statistics.bounds import fixed_sequence
 from psacpo.evalharness.statistics.pareto import hypervolume
-from psacpo.evalharness.statistics.racing import Proposal, next_ratio
-from psacpo.merge.config import policy_name
 
 # Draws that tell how far the hypervolume is known.
 _DRAWS = 200
@@ -47,15 +47,16 @@ Steps = Generator[Ask, Scores | None, Scores]
 
 @dataclass
 class Procedure:
-    """Which ratios answer which prompts.
+    """Which points (ratios, or mixtures) answer which prompts.
 
-    The design's clusters choose the ratios. Then, with the ratios fixed, the walk of `certify` over the test's clusters:
-    from the end of the sweep where a constraint should hold, each ratio answers batch after batch until it has passed or
-    is shown to fail, and the first that does not pass ends the walk. Then those of the certified that may have the best
-    reward answer more, and the best of them the held-out prompts.
+    The design's clusters choose the points. Then, with the points fixed, the walk of `certify` over the test's clusters:
+    from the end of the sweep where a constraint should hold, each point answers batch after batch until it has passed or
+    is shown to fail, and the first that does not pass ends the walk; mixtures stand in the order in which the design finds
+    them safe. Then those of the certified that may have the best reward answer more, and the best of them the held-out
+    prompts.
 
     Attributes:
-        ratios: Measured so far, rising.
+        space: The points measured so far, and where more may be.
         baselines: Policies that answer the design's prompts.
         shadows: Policies that others are compared with: they answer what anyone is asked.
         reasons: Policy -> why it is measured.
@@ -67,7 +68,7 @@ class Procedure:
     criteria: Criteria
     adaptive: Adaptive
     parts: Split
-    ratios: list[float]
+    space: Space
     baselines: Sequence[str] = ()
     shadows: Sequence[str] = ()
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,13 +79,13 @@ class Procedure:
     def steps(self) -> Generator[Ask, Scores | None, None]:
         """Yields what to ask and takes all scores so far, or None where it was over the budget."""
         design = np.flatnonzero(self.parts.design)
-        self.reasons = {policy_name(ratio): {"why": "start"} for ratio in self.ratios}
-        scores = yield self._ask("design", [*map(policy_name, self.ratios), *self.baselines], design)
+        self.reasons = {name: {"why": "start"} for name in self.space.names}
+        scores = yield self._ask("design", [*self.space.names, *self.baselines], design)
         assert scores is not None  # a budget for less is refused before anything starts
         scores = yield from self._refine(scores, design)
         if not self.criteria.constraints:
             return
-        standing = {policy_name(ratio) for ratio in self.ratios}
+        standing = set(self.space.names)
         for group, level in self._groups():
             passed, scores = yield from self._walk(group, level, scores)
             standing &= passed
@@ -116,10 +117,17 @@ class Procedure:
         level = 1 - (1 - self.criteria.confidence) / len(ends)
         return [(group, level) for _, group in sorted(ends.items())]
 
-    def _order(self, group: Sequence[Constraint]) -> list[str]:
-        """The ratios in the order of a group's walk."""
+    def _order(self, group: Sequence[Constraint], level: float, scores: Scores) -> list[str]:
+        """The points in the order of a group's walk, by the design's answers at most."""
         forward = starts_at_reward(self.criteria, self.criteria.all_metrics()[group[0].metric])
-        return [policy_name(ratio) for ratio in sorted(self.ratios, reverse=not forward)]
+        names = self.space.names if forward else self.space.names[::-1]
+        certifier = sorter(self.criteria, scores, self.parts, level)
+        if certifier is None:
+            return names
+        places = _places(scores)
+        tested = [places[name] for name in names]
+        tests, clusters = self._measures(group, scores), int(self.parts.test.sum())
+        return [names[k] for k in learned(certifier, tests, range(len(names)), tested, clusters)]
 
     def _measures(self, group: Sequence[Constraint], scores: Scores) -> list[tuple[Constraint, Measure]]:
         metrics = self.criteria.all_metrics()
@@ -128,28 +136,27 @@ class Procedure:
     # ---- the design
 
     def _refine(self, scores: Scores, design: Places) -> Steps:
-        """Add ratios while one promises more than the noise hides."""
-        while len(self.ratios) < self.adaptive.most_ratios:
+        """Add points while one promises more than the noise hides."""
+        while len(self.space.names) < self.adaptive.most_ratios:
             proposal = self._proposal(scores)
             if proposal is None:
                 break
-            ratio = round(proposal.ratio, 6)
-            name = policy_name(ratio)
+            name = proposal.name
             found = yield self._ask("design", [name], design)
             if found is None:
                 self.refused = "design"
                 break
-            self.ratios = sorted([*self.ratios, ratio])
+            self.space.add(name)
             self.reasons[name] = {"why": proposal.why}
             if proposal.why == "gap":
                 self.reasons[name]["gain"] = proposal.gain
             scores = found
         return scores
 
-    def _proposal(self, scores: Scores) -> Proposal | None:
+    def _proposal(self, scores: Scores) -> Step | None:
         """By what the design's clusters say, as if there were as many more like them as the test has."""
         places = _places(scores)
-        swept = [places[policy_name(ratio)] for ratio in self.ratios]
+        swept = [places[name] for name in self.space.names]
         metrics = self.criteria.all_metrics()
         axes = [metrics[name] for name in self.criteria.axes.model_dump().values()]
         signs = np.array([1.0 if self.criteria.better(metric) == "higher" else -1.0 for metric in axes])
@@ -167,22 +174,22 @@ class Procedure:
         resolution = self.adaptive.resolution
         for luck in _LUCK if self.criteria.constraints else ():
             passed = self._expected(scores, luck)
-            found = next_ratio(self.ratios, points, passed=passed, resolution=resolution, noise=noise)
+            found = self.space.propose(points, passed, resolution=resolution, noise=noise)
             if found is not None and found.why == "crossing":
                 return found
-        return next_ratio(self.ratios, points, resolution=resolution, noise=noise)
+        return self.space.propose(points, None, resolution=resolution, noise=noise)
 
     def _expected(self, scores: Scores, luck: float) -> list[bool]:
-        """Which ratios the walks would certify, were the test's clusters like the design's: the crossing is theirs.
+        """Which points the walks would certify, were the test's clusters like the design's: the crossing is theirs.
 
         Args:
             luck: Share of the test's clusters that it is told by.
         """
-        places, standing = _places(scores), dict.fromkeys(map(policy_name, self.ratios), True)
+        places, standing = _places(scores), dict.fromkeys(self.space.names, True)
         for group, level in self._groups():
             certifier = AnytimeCertifier(self.criteria, scores, self.parts, level, among=self.parts.design, quick=True)
             tests = self._measures(group, scores)
-            order = self._order(group)
+            order = self._order(group, level, scores)
             passes = [all(self._would(certifier, c, m, places[name], luck) for c, m in tests) for name in order]
             for name, passed in zip(order, fixed_sequence(passes), strict=True):
                 standing[name] &= passed
@@ -192,7 +199,7 @@ class Procedure:
                 name: all(meets(c, measure.mean(places[name], self.parts.design)) for c, measure in own)
                 for name in standing
             }
-        return [standing[policy_name(ratio)] for ratio in self.ratios]
+        return [standing[name] for name in self.space.names]
 
     def _would(
         self, certifier: AnytimeCertifier, constraint: Constraint, measure: Measure, k: int, luck: float
@@ -206,11 +213,11 @@ class Procedure:
     def _walk(
         self, group: Sequence[Constraint], level: float, scores: Scores
     ) -> Generator[Ask, Scores | None, tuple[set[str], Scores]]:
-        """The ratios that pass a group of constraints, up to the first that does not."""
+        """The points that pass a group of constraints, up to the first that does not."""
         passed: set[str] = set()
         # Also prompts that tell nothing of the constraints: means of one kind of prompt could not be set beside the others'.
         order = self.parts.order
-        for name in self._order(group):
+        for name in self._order(group, level, scores):
             while True:
                 own = scores.only([name, *self.shadows])
                 certifier = AnytimeCertifier(self.criteria, own, self.parts, level, quick=True)
@@ -246,7 +253,7 @@ class Procedure:
             places = _places(scores)
             names = {place: name for name, place in places.items()}
             measure = make_measure(self.criteria, reward, metric, scores)
-            swept = [places[policy_name(ratio)] for ratio in self.ratios]
+            swept = [places[name] for name in self.space.names]
             found = compare(self.criteria, self.parts, measure, [places[name] for name in certified], swept)
             leader = None if found.leader is None else names[found.leader]
             if leader is None or not found.rivals or self.refused:

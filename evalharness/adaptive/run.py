@@ -15,30 +15,38 @@ from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.books import Books, require_affordable
 from psacpo.evalharness.adaptive.judged import Judging, Table
 from psacpo.evalharness.adaptive.procedure import Ask, Procedure
+from psacpo.evalharness.adaptive.space import Space, first_points, space_of
 from psacpo.evalharness.adaptive.split import require_raceable, split
 from psacpo.evalharness.baseline_settings import mixtures, outsiders
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.decision.scores import Scores
-from psacpo.evalharness.dial import ratio_policy
-from psacpo.evalharness.engines.base import Policy
 from psacpo.evalharness.generation import Answering, Plan, generate
 from psacpo.evalharness.prompts import Job, PromptRow
 from psacpo.evalharness.records import Record
 from psacpo.evalharness.run_files import PLAN
 from psacpo.files import write_atomically
-from psacpo.merge.config import policy_name
 
 
 def starting(config: FrontierConfig) -> FrontierConfig:
-    """The settings with the ratios that an adaptive sweep starts from; others as they are.
+    """The settings with the points that an adaptive sweep starts from; others as they are.
 
     Raises:
-        InputError: A constraint cannot be tested as the answers come, or something names a ratio that is not there.
+        InputError: A constraint cannot be tested as the answers come, something names a point that is not there, or there
+            may be no more points than fewer of them.
     """
     if config.adaptive is None:
         return config
-    ratios = np.linspace(min(config.ratios), max(config.ratios), config.adaptive.start).round(6).tolist()
-    found = validate(FrontierConfig, config.model_dump(by_alias=True) | {"ratios": ratios}, where="--adaptive")
+    start = first_points(config)
+    adaptive = config.adaptive
+    if "weights" in start and "most_ratios" not in adaptive.model_fields_set:
+        adaptive = adaptive.model_copy(update={"most_ratios": max(adaptive.most_ratios, 2 * len(start["weights"]))})
+    values = config.model_dump(by_alias=True) | start | {"adaptive": adaptive.model_dump()}
+    found = validate(FrontierConfig, values, where="--adaptive")
+    if adaptive.most_ratios < len(found.point_names()):
+        raise InputError(
+            f"most_ratios {adaptive.most_ratios} is under the {len(found.point_names())} mixtures to start from",
+            allowed="at least as many",
+        )
     require_raceable(found)
     return found
 
@@ -62,7 +70,7 @@ def prepare(config: FrontierConfig, plan: Plan) -> Prepared:
     parts = split(config, config.adaptive, plan.prompts)
     shadows = _shadows(config, plan)
     mixed = [name for name in mixtures(config.baselines) if name not in shadows]
-    procedure = Procedure(config, config.adaptive, parts, list(config.ratios), mixed, shadows)
+    procedure = Procedure(config, config.adaptive, parts, space_of(config), mixed, shadows)
     books = Books(config, plan, parts, shadows)
     require_affordable(config, books)
     return Prepared(procedure, books)
@@ -86,14 +94,14 @@ def _shadows(config: FrontierConfig, plan: Plan) -> list[str]:
 def adaptive_answers(
     config: FrontierConfig, plan: Plan, prepared: Prepared
 ) -> tuple[FrontierConfig, list[tuple[PromptRow, Record]]]:
-    """Every answer that was worth its while, and the settings with the ratios that were measured.
+    """Every answer that was worth its while, and the settings with the points that were measured.
 
     What is asked is a function of the answers and verdicts so far, which are found by their content: a run that was
     interrupted asks the same again and goes on.
     """
     procedure, books = prepared.procedure, prepared.books
     answers: list[tuple[Job, Record]] = []
-    jobs = _Jobs(plan)
+    jobs = _Jobs(plan, procedure.space)
     with (
         Answering(config, plan, more=True) as answering,
         Judging(config, plan.judges) as judging,
@@ -123,12 +131,11 @@ def adaptive_answers(
         new = generate(own, some)
         books.enter("baselines", new)
         answers += new
-    measured = config.model_copy(update={"ratios": procedure.ratios})
+    points = procedure.space.settings()
+    measured = config.model_copy(update=points)
     record = books.record(procedure)
     keys = [job.request.key for job, _ in answers]
-    write_atomically(
-        config.out / PLAN, json.dumps({"completions": keys, "ratios": procedure.ratios, "adaptive": record}) + "\n"
-    )
+    write_atomically(config.out / PLAN, json.dumps({"completions": keys, "adaptive": record} | points) + "\n")
     say(books.line(procedure))
     return measured, [(job.row, found) for job, found in answers]
 
@@ -136,8 +143,8 @@ def adaptive_answers(
 class _Jobs:
     """The jobs of any policy, made when it is asked for the first time."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, space: Space) -> None:
+        self.plan, self.space = plan, space
         self._of: dict[str, dict[str, list[Job]]] = {}
         self._add(plan.jobs)
         owner = Scores([], plan.prompts, {}).owner
@@ -156,7 +163,7 @@ class _Jobs:
         for name in wanted:
             if name not in self._of:
                 assert self.plan.jobs_of is not None
-                self._add(self.plan.jobs_of([_policy(name)]))
+                self._add(self.plan.jobs_of([self.space.policy(name)]))
         for place, row in enumerate(self.plan.prompts):
             sides = [self._of[name][row.id] for name, places in wanted.items() if place in places]
             found += [job for sample in zip(*sides, strict=True) for job in sample]
@@ -167,17 +174,12 @@ class _Jobs:
             self._of.setdefault(job.request.policy.name, {}).setdefault(job.row.id, []).append(job)
 
 
-def _policy(name: str) -> Policy:
-    """The policy of a ratio by its name, which tells the ratio exactly."""
-    return ratio_policy(float(name.removeprefix("policy@")))
-
-
 class _Told:
-    """What is said while it goes on: each ratio that is added, and how each ratio's walk ended."""
+    """What is said while it goes on: each point that is added, and how each one's walk ended."""
 
     def __init__(self, procedure: Procedure) -> None:
         self.procedure = procedure
-        self.known: set[str] = {policy_name(ratio) for ratio in procedure.ratios}
+        self.known: set[str] = set(procedure.space.names)
         self.ended: dict[str, str] = {}
 
     def news(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -46,9 +47,12 @@ class Adaptive(Strict):
     """An adaptive sweep.
 
     Attributes:
-        start: Ratios that are measured first, evenly spaced from the least to the greatest of `ratios`.
-        most_ratios: No more ratios than these are ever measured.
-        resolution: Neighbouring ratios closer than twice this are not split.
+        start: Ratios that are measured first, evenly spaced from the least to the greatest of `ratios`. Weights have a start
+            of their own: `space.first_points`.
+        most_ratios: No more ratios than these, or mixtures, are ever measured; of mixtures at least twice those at the
+            start, where nothing is said.
+        resolution: Neighbouring ratios closer than twice this are not split, nor mixtures between which less than that
+            weight moves.
         design: Share of the clusters of prompts whose answers choose the ratios and take no part in any test.
         batch: Clusters of prompts between two looks at a ratio.
         budget: What the sweep may spend; None is all it takes.
@@ -96,8 +100,25 @@ def budget_warnings(adaptive: Adaptive, account: dict[str, Any]) -> list[str]:
     if what is None or adaptive.budget is None:
         return []
     lost = {
-        "design": "no more ratios could be added",
-        "walk": "the walk over the ratios ended undecided, and a safer ratio than need be may be chosen",
-        "compare": "the certified ratios could not be told apart any further",
+        "design": "no more points could be added",
+        "walk": "the walk over the points ended undecided, and a safer one than need be may be chosen",
+        "compare": "the certified points could not be told apart any further",
     }
     return [f"the budget of {adaptive.budget} was spent: {lost[what]}"]
+
+
+def account_lines(account: Mapping[str, Any]) -> list[str]:
+    """`adaptive` of frontier.json in sentences: what was spent, and which prompts the numbers are of."""
+    found, points, prompts = account["generations"], account["points"], account["prompts"]
+    kind = "mixtures" if points[0]["ratio"] is None else "ratios"
+    spent = (
+        f"adaptive: {found['spent']:,} answers in {account['rounds']} rounds, {found['spent'] / found['full_grid']:.0%} of "
+        f"the {found['full_grid']:,} that these {len(points)} {kind} and the baselines would take in full"
+    )
+    if not prompts["test"]:
+        return [spent]
+    shared = (
+        f"to be compared with each other, the numbers of all policies are of the {prompts['design']} prompts that every "
+        f"one of them answered; the tests are of up to {prompts['test']} others"
+    )
+    return [spent, shared]

@@ -10,6 +10,7 @@ import numpy as np
 from psacpo.evalharness.adaptive.contest import Race
 from psacpo.evalharness.adaptive.procedure import Ask, Procedure
 from psacpo.evalharness.adaptive.settings import Adaptive
+from psacpo.evalharness.adaptive.space import Dial, Space
 from psacpo.evalharness.adaptive.split import split
 from psacpo.evalharness.decision.certify import certify
 from psacpo.evalharness.decision.criteria import Column, Constraint, Criteria, Metric
@@ -18,7 +19,6 @@ from psacpo.evalharness.decision.scores import Scores
 from psacpo.evalharness.engines.base import Policy
 from psacpo.evalharness.prompts import PromptRow
 from psacpo.evalharness.statistics.bootstrap import Array
-from psacpo.merge.config import policy_name
 
 
 class World(Criteria):
@@ -48,17 +48,19 @@ class Played:
     """One simulated sweep.
 
     Attributes:
-        ratio: The chosen one, None where none was certified.
+        ratio: The weight of safety of the chosen one, None where none was certified.
         rate: Its true rate.
-        broken: Whether a certified ratio breaks the limit, chosen or not.
-        ratios: Measured.
+        reward: Its true mean reward.
+        broken: Whether a certified point breaks the limit, chosen or not.
+        names: Of the points measured.
         spent: Generations.
     """
 
     ratio: float | None
     rate: float | None
+    reward: float | None
     broken: bool
-    ratios: list[float]
+    names: list[str]
     spent: int
 
 
@@ -87,11 +89,25 @@ def true_rate(ratio: Array, limit: float) -> Array:
     return np.asarray(limit * (0.2 + 2.8 / (1 + np.exp(12 * (ratio - 0.4)))), dtype=np.float64)
 
 
-class _Truth:
-    """What every ratio would answer: a prompt's own rate is uniform about the ratio's, and shared by all ratios."""
+def effective(policy: Policy) -> float:
+    """The ratio that a policy's rate is of: a third adapter makes answers half as safe as the safety adapter does."""
+    found = {"reward": 0.0, "safety": 1.0}
+    return float(sum(weight * found.get(name, 0.5) for name, weight in policy.weights.items()))
 
-    def __init__(self, draw: np.random.Generator, prompts: int, samples: int, limit: float, curve: Curve) -> None:
-        self.draw, self.limit, self.curve = draw, limit, curve
+
+def true_reward(policy: Policy) -> float:
+    """1 at the reward end, 0 at the safety end, and in between as if a third adapter took an eighth less than safety."""
+    other = sum(weight for name, weight in policy.weights.items() if name not in ("reward", "safety"))
+    return float(1 - effective(policy) ** 1.5 - 0.125 * other)
+
+
+class _Truth:
+    """What every point would answer: a prompt's own rate is uniform about the point's, and shared by all points."""
+
+    def __init__(
+        self, draw: np.random.Generator, prompts: int, samples: int, limit: float, curve: Curve, space: Space
+    ) -> None:
+        self.draw, self.limit, self.curve, self.space = draw, limit, curve, space
         self.difficulty = draw.random((prompts, 1))
         self.luck = draw.random((prompts, samples))
         self.taste = 0.5 * draw.normal(size=(prompts, samples))
@@ -100,30 +116,43 @@ class _Truth:
     def of(self, name: str) -> dict[str, Array]:
         """Judge -> scores of the policy of that name, [N, S]."""
         if name not in self.known:
-            ratio = np.array(float(name.removeprefix("policy@")))
-            rates = np.clip(self.curve(ratio, self.limit) * 2 * self.difficulty, 0, 1)
+            policy = self.space.policy(name)
+            rates = np.clip(self.rate(policy) * 2 * self.difficulty, 0, 1)
             shape = self.luck.shape
-            # Half of an answer's luck is common to the ratios, as their random numbers are.
+            # Half of an answer's luck is common to the points, as their random numbers are.
             luck = np.where(self.draw.random(shape) < 0.5, self.luck, self.draw.random(shape))
-            reward = 1 - float(ratio) ** 1.5 + self.taste + 0.4 * self.draw.normal(size=shape)
+            reward = true_reward(policy) + self.taste + 0.4 * self.draw.normal(size=shape)
             self.known[name] = {"reward": reward, "unsafe": (luck < rates).astype(np.float64)}
         return self.known[name]
 
+    def rate(self, policy: Policy) -> float:
+        """The true one."""
+        return float(self.curve(np.array(effective(policy)), self.limit))
+
 
 def play(
-    criteria: World, adaptive: Adaptive, prompts: int, draw: np.random.Generator, curve: Curve = true_rate
+    criteria: World,
+    adaptive: Adaptive,
+    prompts: int,
+    draw: np.random.Generator,
+    curve: Curve = true_rate,
+    space: Space | None = None,
 ) -> Played:
-    """One sweep on answers drawn afresh: its choice, its true rate, and what it took."""
+    """One sweep on answers drawn afresh: its choice, its true rate, and what it took.
+
+    Args:
+        space: Where it starts; None is as many ratios from 0 to 1 as `adaptive` says.
+    """
+    space = space or Dial([float(ratio) for ratio in np.linspace(0, 1, adaptive.start).round(6)])
     rows = [PromptRow(str(place), "", str(place), {}) for place in range(prompts)]
     limit = criteria.constraints[0].limit
     parts = split(criteria, adaptive, rows)
-    truth = _Truth(draw, prompts, criteria.samples, limit, curve)
+    truth = _Truth(draw, prompts, criteria.samples, limit, curve, space)
     # Room for all that can be measured; each is filled in as it is asked for.
     shape = (adaptive.most_ratios, prompts, criteria.samples)
     policies = [Policy(f"free {place}") for place in range(adaptive.most_ratios)]
     scores = Scores(policies, rows, {name: np.full(shape, np.nan) for name in ("reward", "unsafe")})
-    start = [float(ratio) for ratio in np.linspace(0, 1, adaptive.start).round(6)]
-    procedure = Procedure(criteria, adaptive, parts, start)
+    procedure = Procedure(criteria, adaptive, parts, space)
     place_of = dict(zip(scores.owner.tolist(), range(prompts), strict=True))
     spent = 0
     most = adaptive.budget.amount if adaptive.budget else None
@@ -139,16 +168,15 @@ def play(
                 asked = [place_of[cluster] for cluster in clusters.tolist()]
                 own = truth.of(name)
                 k = list(truth.known).index(name)
-                policies[k] = Policy(name, {}, float(name.removeprefix("policy@")))
+                policies[k] = space.policy(name)
                 for judge, values in own.items():
                     scores.values[judge][k, asked] = values[asked]
         try:
             ask = steps.send(scores if fits else None)
         except StopIteration:
             break
-    measured = [policies.index(policy) for policy in sorted(
-        (one for one in policies if one.ratio is not None), key=lambda one: one.ratio or 0.0
-    )]  # fmt: skip
+    places = {policy.name: k for k, policy in enumerate(policies)}
+    measured = [places[name] for name in space.names]
     final = Scores(
         [policies[k] for k in measured], rows, {name: values[measured] for name, values in scores.values.items()}
     )
@@ -156,12 +184,13 @@ def play(
     measures = {name: make_measure(criteria, name, metric, final) for name, metric in metrics.items()}
     everything = np.ones(prompts, dtype=np.bool_)
     points = [
-        {"ratio": ratio, "policy": policy_name(ratio)}
-        | {name: {"mean": measure.mean(k, everything)} for name, measure in measures.items()}
-        for k, ratio in enumerate(procedure.ratios)
+        space.entry(name) | {metric: {"mean": measure.mean(k, everything)} for metric, measure in measures.items()}
+        for k, name in enumerate(space.names)
     ]
-    choice = certify(criteria, metrics, measures, final, points, Race(parts))
-    ratio = choice["ratio"]
-    rate = None if ratio is None else float(curve(np.array(ratio), limit))
-    broken = any(point["certified"] and curve(np.array(point["ratio"]), limit) > limit for point in points)
-    return Played(ratio, rate, broken, procedure.ratios, spent)
+    chosen = certify(criteria, metrics, measures, final, points, Race(parts))["policy"]
+    broken = any(point["certified"] and truth.rate(space.policy(point["policy"])) > limit for point in points)
+    if chosen is None:
+        return Played(None, None, None, broken, space.names, spent)
+    policy = space.policy(chosen)
+    ratio = policy.weights.get("safety", 0.0)
+    return Played(ratio, truth.rate(policy), true_reward(policy), broken, space.names, spent)

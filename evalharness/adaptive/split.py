@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.settings import Adaptive
-from psacpo.evalharness.decision.certify import hold_out, stratified
+from psacpo.evalharness.decision.certify import hold_out
 from psacpo.evalharness.decision.criteria import Criteria, Metric, Range
+from psacpo.evalharness.decision.order import stratified
 from psacpo.evalharness.decision.scores import Scores
 from psacpo.evalharness.prompts import PromptRow
 from psacpo.evalharness.statistics.bootstrap import Mask

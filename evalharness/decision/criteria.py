@@ -25,6 +25,8 @@ POINT_KEYS = frozenset(
         "source",
         "name",
         "n_prompts",
+        "answered",
+        "own",
         "p_on_frontier",
         "nondominated",
         "certified",

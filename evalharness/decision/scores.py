@@ -83,7 +83,16 @@ class Scores:
 
     def answered(self, k: int) -> int:
         """How many prompts policy k has any score of."""
-        return int(np.any([~np.isnan(values[k]).all(axis=1) for values in self.values.values()], axis=0).sum())
+        return int(self.scored(k).sum())
+
+    def asked(self, k: int) -> Mask:
+        """The clusters [C] that hold a prompt which policy k has any score of."""
+        return np.asarray(np.bincount(self.owner[self.scored(k)], minlength=len(self.clusters)) > 0, dtype=np.bool_)
+
+    def scored(self, k: int) -> Mask:
+        """The prompts [N] that policy k has any score of."""
+        found = np.any([~np.isnan(values[k]).all(axis=1) for values in self.values.values()], axis=0)
+        return np.asarray(found, dtype=np.bool_)
 
     def prompts_in(self, clusters: Mask) -> int:
         """How many prompts the chosen clusters [C] hold."""

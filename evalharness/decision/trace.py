@@ -28,14 +28,15 @@ def trace(
 
     Args:
         lambda_bar: Weight of safety that the safety end was trained with; the points then say their own, to first order.
-        race: Of an adaptive sweep, whose policies have not all answered the same prompts.
+        race: Of an adaptive sweep, whose policies have not all answered the same prompts: what is said of one beside
+            another is then of those that all of them answered, and `own` has each one's numbers on all of its own.
     """
     metrics = criteria.all_metrics()
     measures = {name: make_measure(criteria, name, metric, scores) for name, metric in metrics.items()}
     derived = _derived(criteria, scores)
     every = measures | derived
-    weights = bootstrap_weights(len(scores.clusters), criteria.resamples, criteria.seed)
-    everything = np.ones(len(scores.clusters), dtype=np.bool_)
+    shared = np.ones(len(scores.clusters), dtype=np.bool_) if race is None else race.shared
+    weights = bootstrap_weights(len(scores.clusters), criteria.resamples, criteria.seed, shared)
     draws = {
         name: np.stack([measure.draws(k, weights) for k in range(len(scores.policies))])
         for name, measure in every.items()
@@ -45,17 +46,17 @@ def trace(
         entry: dict[str, Any] = {"ratio": policy.ratio} if policy.swept else {}
         if policy.point:
             entry["weights"] = dict(policy.adapted)
-        entry |= {"policy" if policy.swept else "name": policy.name, "n_prompts": len(scores.prompts)}
-        if race is not None:
-            entry["n_prompts"] = scores.answered(k)
+        entry |= {"policy" if policy.swept else "name": policy.name, "n_prompts": scores.prompts_in(shared)}
         if policy.ratio is not None and lambda_bar is not None:
             entry["lambda"] = policy.ratio * lambda_bar
         cells = {
-            name: asdict(measure.estimate(k, weights, everything, criteria.confidence, draws[name][k]))
+            name: asdict(measure.estimate(k, weights, shared, criteria.confidence, draws[name][k]))
             for name, measure in every.items()
         }
         entry |= {name: cells[name] for name in measures}
         entry["derived"] = {name: cells[name] for name in derived}
+        if race is not None:
+            entry |= _own(criteria, measures, scores, k)
         entries.append(entry)
     points = [entries[k] for k in scores.swept]
     # Neighbours share prompts and random numbers, so their differences are known better than their means.
@@ -83,6 +84,14 @@ def trace(
     }
 
 
+def _own(criteria: Criteria, measures: Mapping[str, Measure], scores: Scores, k: int) -> dict[str, Any]:
+    """What one policy of an adaptive sweep answered, and its numbers on that: more, and other prompts than others'."""
+    asked = scores.asked(k)
+    weights = bootstrap_weights(len(asked), criteria.resamples, criteria.seed, asked)
+    found = {name: asdict(one.estimate(k, weights, asked, criteria.confidence)) for name, one in measures.items()}
+    return {"answered": scores.answered(k), "own": found}
+
+
 def metric_specs(criteria: Criteria) -> dict[str, dict[str, Any]]:
     """`metrics` of frontier.json: what each metric's numbers mean."""
     return {
@@ -105,20 +114,7 @@ def remarks(
         *_against_bases(criteria, found, bases),
         *_about_holdout(criteria, found["choice"]),
         *_about_roles(criteria, prompts),
-        *_about_numbers([*found["points"], *found["baselines"]]),
     ]
-
-
-def _about_numbers(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where policies answered other prompts than each other, as in an adaptive sweep."""
-    numbers = {entry["n_prompts"] for entry in entries}
-    if len(numbers) < 2:
-        return []
-    said = (
-        f"policies answered from {min(numbers)} to {max(numbers)} prompts, and each one's numbers are of its own: small "
-        "differences between policies may be differences between prompts"
-    )
-    return [said]
 
 
 def _about_roles(criteria: Criteria, prompts: Sequence[PromptRow]) -> list[str]:
@@ -145,8 +141,6 @@ def _against_bases(criteria: Criteria, found: Mapping[str, Any], bases: Sequence
     for axis in criteria.axes.model_dump().values():
         sign = 1 if criteria.better(metrics[axis]) == "higher" else -1
         for point, entry in product(chosen, entries):
-            if entry["n_prompts"] != point["n_prompts"]:
-                continue  # means over other prompts say nothing of each other
             own, other = point[axis]["mean"], entry[axis]["mean"]
             if own is not None and other is not None and sign * other > sign * own:
                 warnings.append(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psacpo.errors import unknown_name
-from psacpo.evalharness.engines.base import Completion, Engine, Failure, NextTokens, Policy, Request
+from psacpo.evalharness.engines.base import Completion, Engine, Failure, NextTokens, Passage, Policy, Request
 
 if TYPE_CHECKING:
     from psacpo.evalharness.config import FrontierConfig
     from psacpo.evalharness.engines.plan import EnginePlan
     from psacpo.merge.adapters import Adapter
 
-__all__ = ["ENGINES", "Completion", "Engine", "Failure", "NextTokens", "Policy", "Request", "make_engine"]
+__all__ = ["ENGINES", "Completion", "Engine", "Failure", "NextTokens", "Passage", "Policy", "Request", "make_engine"]
 
 Start = Callable[["FrontierConfig", Path, Mapping[str, "Adapter"], Sequence[Policy], "EnginePlan"], Engine]
 
@@ -29,7 +29,12 @@ def _transformers(
     from psacpo.evalharness.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(
-        base, adapters, generation=config.generation, dtype=config.dtype, device=config.device
+        base,
+        adapters,
+        generation=config.generation,
+        dtype=config.dtype,
+        device=config.device,
+        log_probs=config.measures_kl(),
     )
 
 
@@ -51,6 +56,7 @@ def _vllm(
         generation=config.generation,
         dtype=config.dtype,
         seed=config.seed,
+        log_probs=config.measures_kl(),
     )
 
 
@@ -63,7 +69,9 @@ def _openai(
 ) -> Engine:
     from psacpo.evalharness.engines.openai import OpenAIEngine
 
-    return OpenAIEngine(base, config.openai, config.generation)
+    # Of several baselines that are the base any will do.
+    served_base = config.bases()[0] if config.measures_kl() else None
+    return OpenAIEngine(base, config.openai, config.generation, served_base=served_base)
 
 
 def _chat(

@@ -70,6 +70,9 @@ class Completion:
         token_ids: Without the end token; with those of a stop string.
         finish_reason: "stop" at an end token or stop string, "length" at the token limit.
         logprobs: One number a token, where they were asked for: the log of its probability at temperature 1.
+        log_prob: Of the answer as drawn, with the token that ended it: the sum over its tokens, at temperature 1; None
+            where the engine does not tell.
+        end_id: The token that ended it; None where that was a stop string or the token limit.
     """
 
     key: str
@@ -77,6 +80,8 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[float, ...] | None = None
+    log_prob: float | None = None
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,21 @@ class Failure:
 
     key: str
     error: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """An answer whose probability under the base is asked for.
+
+    Attributes:
+        key: Names it.
+        prompt_ids: Token ids of the prompt.
+        token_ids: Of the answer, with the token that ended it; one at least.
+    """
+
+    key: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
 
 NextTokens = Mapping[int, float]
@@ -108,6 +128,10 @@ class Engine(Protocol):
 
     def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
         """Key -> what the policy would say next, through the path that `generate` takes; one for each worker."""
+        ...
+
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterable[tuple[str, float] | Failure]:
+        """Key and log-probability (natural, temperature 1) of each answer under the base alone, in any order."""
         ...
 
     def close(self) -> None:

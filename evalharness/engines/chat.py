@@ -10,7 +10,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness.baseline_settings import Served
 from psacpo.evalharness.config import Generation
 from psacpo.evalharness.endpoint import Endpoint, GaveUp
-from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Request
+from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Passage, Request
 from psacpo.hub import load_tokenizer
 
 
@@ -48,6 +48,16 @@ class ChatEngine:
             InputError: Always.
         """
         raise InputError("a chat endpoint does not tell what comes next", allowed="probe: false")
+
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterator[tuple[str, float] | Failure]:
+        """Not to be had.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "a chat endpoint does not tell the probability of a text", allowed="generation.kl_to_base: false"
+        )
 
     def close(self) -> None:
         """Close the connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation, OpenAI
 from psacpo.evalharness.endpoint import Endpoint, GaveUp, url_and_key
 from psacpo.evalharness.engines.answers import answer_text, end_ids, read_generation_config, strip_end
-from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Request
+from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Passage, Policy, Request
 from psacpo.hub import load_tokenizer
 
 # Likeliest tokens to ask for: what OpenAI and vLLM give at most unless told otherwise.
@@ -31,14 +32,22 @@ class OpenAIEngine:
 
     Attributes:
         batch_size: None: the server fills its batches itself.
+        served_base: Which policy is the base alone, None where that is not served; with it answers are given with their
+            log-probability, where the endpoint tells.
     """
 
     batch_size: int | None = None
 
     def __init__(
-        self, base: Path, settings: OpenAI, generation: Generation, *, sleep: Callable[[float], Any] | None = None
+        self,
+        base: Path,
+        settings: OpenAI,
+        generation: Generation,
+        *,
+        served_base: str | None = None,
+        sleep: Callable[[float], Any] | None = None,
     ) -> None:
-        self.settings, self.generation = settings, generation
+        self.settings, self.generation, self.served_base = settings, generation, served_base
         self._endpoint = Endpoint(settings, what="engine openai", setting="openai.base_url", sleep=sleep)
         self.url = self._endpoint.url
         self.tokenizer = load_tokenizer(base)
@@ -68,6 +77,30 @@ class OpenAIEngine:
             found[answer[0]] = answer[1]
         return [found]
 
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterator[tuple[str, float] | Failure]:
+        """Of endpoints that give `prompt_logprobs`, as vLLM's do: the base reads each answer but its last token, which
+        it is then made to write.
+
+        Raises:
+            InputError: The endpoint does not serve the base.
+        """
+        if self.served_base is None:
+            raise InputError("the endpoint does not serve the base", allowed="a baseline without weights")
+        base = Policy(self.served_base)
+
+        def ask(passage: Passage) -> tuple[str, float] | Failure:
+            request = Request(passage.key, base, passage.prompt_ids + passage.token_ids[:-1], seed=0)
+            body = self._body(request) | {"max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+            body["extra_body"] |= {
+                "prompt_logprobs": 0,
+                "allowed_token_ids": [passage.token_ids[-1]],
+                "stop_token_ids": [],
+            }
+            choice = self._choice(request, body)
+            return choice if isinstance(choice, Failure) else _base_log_prob(passage, choice)
+
+        yield from self._endpoint.all(passages, ask)
+
     def close(self) -> None:
         """Close the connections."""
         self._endpoint.close()
@@ -80,19 +113,23 @@ class OpenAIEngine:
         if reason not in ("stop", "length") or not isinstance(text, str):
             return Failure(request.key, f"the endpoint ended the answer with finish_reason {reason}")
         ids = choice.get("token_ids")
+        said = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        log_prob, end_id = None, None
         if isinstance(ids, list) and all(isinstance(token, int) for token in ids):
             token_ids = strip_end(ids, self.end_ids)
+            if self.served_base is not None and len(said) == len(ids):
+                log_prob = math.fsum(map(float, said))
+                end_id = ids[-1] if len(token_ids) < len(ids) else None
             text = answer_text(self.tokenizer, token_ids, self.generation.stop)
         else:
             # The endpoint does not tell its tokens: the text's own are as near as can be had.
             token_ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         logprobs = None
         if self.generation.logprobs:
-            said = (choice.get("logprobs") or {}).get("token_logprobs") or []
             logprobs = tuple(float(value) for value in said[: len(token_ids)])
             if len(logprobs) != len(token_ids):
                 return Failure(request.key, "the endpoint gave no log-probabilities for the answer's tokens")
-        return Completion(request.key, text, token_ids, reason, logprobs)
+        return Completion(request.key, text, token_ids, reason, logprobs, log_prob, end_id)
 
     def _body(self, request: Request) -> dict[str, Any]:
         settings = self.generation
@@ -107,7 +144,7 @@ class OpenAIEngine:
         }
         if settings.stop:
             body["stop"] = settings.stop
-        if settings.logprobs:
+        if settings.logprobs or self.served_base is not None:
             body["logprobs"] = 1
         if self.settings.dialect == "vllm":
             more = {"top_k": settings.top_k, "stop_token_ids": sorted(self.end_ids), "return_token_ids": True}
@@ -136,6 +173,17 @@ class OpenAIEngine:
 def _first_choice(answer: dict[str, Any]) -> dict[str, Any]:
     choice: dict[str, Any] = answer["choices"][0]
     return choice
+
+
+def _base_log_prob(passage: Passage, choice: Mapping[str, Any]) -> tuple[str, float] | Failure:
+    """The answer's part of `prompt_logprobs`, and the one token that was written."""
+    said: Any = choice.get("prompt_logprobs")
+    written = ((choice.get("logprobs") or {}).get("token_logprobs") or [None])[0]
+    try:
+        places = zip(said[len(passage.prompt_ids) :], passage.token_ids[:-1], strict=True)
+        return passage.key, math.fsum([*(float(entry[str(token)]["logprob"]) for entry, token in places), written])
+    except (TypeError, KeyError, ValueError):
+        return Failure(passage.key, "the endpoint gives no log-probabilities of a prompt (prompt_logprobs)")
 
 
 def _top(choice: Mapping[str, Any]) -> NextTokens:

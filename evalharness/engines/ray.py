@@ -2,141 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import logging
 import os
 import pickle
-import traceback
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from psacpo.console import say
 from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig
-from psacpo.evalharness.engines.base import Completion, Engine, Failure, NextTokens, Policy, Request
+from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Passage, Policy, Request
 from psacpo.evalharness.engines.plan import EnginePlan
+from psacpo.evalharness.engines.ray_worker import Feed, Work, Worker, told
 from psacpo.merge.adapters import Adapter
 
+_Asked = TypeVar("_Asked", Request, Passage)
 # Batches that each worker gets in a sweep, so that none waits long for the others at its end.
 _SHARES = 8
 # Requests that vLLM gets at once at least: fewer leave its batches half empty.
 _LEAST = 256
-
-
-class Feed:
-    """What the workers are to do, and who they are. An actor: Ray Data reads from it for as long as the engine is open.
-
-    Work is asked for by its number, so that a reader that died and is started anew reads the same again.
-    """
-
-    def __init__(self) -> None:
-        self.work: list[bytes] = []
-        self.tries: Counter[int] = Counter()
-        self.starts: Counter[str] = Counter()
-        self.met: dict[int, set[str]] = {}
-        self.workers: dict[str, tuple[Any, int]] = {}
-        self.changed = asyncio.Condition()
-
-    async def put(self, work: Sequence[bytes]) -> int:
-        """The number of the first of `work`."""
-        async with self.changed:
-            self.work += work
-            self.changed.notify_all()
-        return len(self.work) - len(work)
-
-    async def get(self, number: int) -> bytes:
-        async with self.changed:
-            await self.changed.wait_for(lambda: number < len(self.work))
-        return self.work[number]
-
-    async def begin(self, number: int) -> int:
-        """How often this work has been begun."""
-        self.tries[number] += 1
-        return self.tries[number]
-
-    async def enter(self, name: str, actor: Any, process: int) -> int:
-        """How often in a row this worker has begun to start."""
-        self.workers[name] = (actor, process)
-        self.starts[name] += 1
-        return self.starts[name]
-
-    async def entered(self, name: str) -> None:
-        del self.starts[name]
-
-    async def meet(self, place: int, name: str, count: int) -> None:
-        """Wait until `count` workers are here, so that none of them takes what is another's."""
-        async with self.changed:
-            self.met.setdefault(place, set()).add(name)
-            self.changed.notify_all()
-            await self.changed.wait_for(lambda: len(self.met[place]) >= count)
-
-    async def present(self) -> list[tuple[Any, int]]:
-        """The actor and the process id of each worker."""
-        return list(self.workers.values())
-
-
-class Worker:
-    """What runs in a worker: one engine, made from the sweep's settings. Ray Data makes an actor of it.
-
-    What goes wrong in it is an answer like any other: an exception would be a traceback on its way through Ray Data.
-    """
-
-    def __init__(
-        self, feed: Any, retries: int, config: FrontierConfig, base: str, policies: Sequence[Policy], plan: EnginePlan
-    ) -> None:
-        import ray
-
-        self.get, self.feed, self.retries = ray.get, feed, retries
-        context = ray.get_runtime_context()
-        self.name: str = context.get_actor_id()
-        self.fault = ""
-        starts = self.get(feed.enter.remote(self.name, context.current_actor, os.getpid()))
-        if starts > retries + 1:
-            self.fault = f"a Ray worker cannot start: it died {starts - 1} times at that"
-        else:
-            try:
-                self.engine = self.start(config, base, policies, plan)
-            except Exception as error:  # noqa: BLE001 - whatever keeps an engine from starting
-                self.fault = f"a Ray worker cannot start: {_told(error)}"
-        self.get(feed.entered.remote(self.name))
-
-    def start(self, config: FrontierConfig, base: str, policies: Sequence[Policy], plan: EnginePlan) -> Engine:
-        from psacpo.evalharness.engines import start_engine
-        from psacpo.evalharness.engines.whole import read_policy
-
-        adapters = {name: read_policy(path, base) for name, path in config.adapters.items()}
-        return start_engine(config, Path(base), adapters, policies, plan)
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """One row in, one row out: `number` and `work` to `number`, `answers` and `fault`, the message of an error."""
-        number = int(batch["number"][0])
-        answers: Any = None
-        fault = self.fault
-        if not fault:
-            try:
-                answers = self.answer(number, *pickle.loads(batch["work"][0]))
-            except InputError as error:
-                fault = str(error)
-            except Exception as error:  # noqa: BLE001 - told as one line by who reads it
-                fault = f"a Ray worker failed: {_told(error)}"
-        return {"number": [number], "answers": [pickle.dumps(answers)], "fault": [fault]}
-
-    def answer(self, number: int, requests: Sequence[Request], place: int | None, count: int) -> Sequence[Any]:
-        """To the requests; what comes next after each, where there is a `place` at which all `count` workers meet."""
-        tries = self.get(self.feed.begin.remote(number))
-        if tries > self.retries + 1:
-            why = f"its worker died {tries - 1} times"
-            if place is not None:
-                raise InputError(f"a Ray worker failed: it died {tries - 1} times on the probe prompts")
-            return [Failure(request.key, why) for request in requests]
-        if place is None:
-            return list(self.engine.generate(requests))
-        self.get(self.feed.meet.remote(place, self.name, count))
-        return list(self.engine.next_tokens(requests))
 
 
 class RayEngine:
@@ -194,14 +81,22 @@ class RayEngine:
         Raises:
             InputError: What a worker's engine raises for the sweep as a whole, or that a worker cannot start.
         """
-        for answers in self._answers([(batch, None, 0) for batch in self._batches(requests)]):
+        if self.plan.strategy == "reload":
+            # By policy, if policies are swapped in one by one; where a batch's company counts the order stays.
+            requests = sorted(requests, key=lambda request: request.policy.name)
+        for answers in self._answers([Work("generate", batch) for batch in self._batches(requests)]):
             yield from answers
 
     def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
         """One for each worker: each has loaded the policies for itself."""
         self._probes += 1
-        work = [(list(requests), self._probes, self.count)] * self.count
+        work = [Work("next_tokens", list(requests), self._probes, self.count)] * self.count
         return [found for replica in self._answers(work) for found in replica]
+
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterator[tuple[str, float] | Failure]:
+        """As the workers' engines give them, a worker's batch at a time."""
+        for found in self._answers([Work("base_log_probs", batch) for batch in self._batches(passages)]):
+            yield from found
 
     def close(self) -> None:
         """End the workers, and the connection if it was made here."""
@@ -219,7 +114,7 @@ class RayEngine:
         """The ids of the processes of the workers that have begun to start, each on its own machine."""
         return [process for _, process in self._ray.get(self._feed.present.remote())]
 
-    def _answers(self, work: Sequence[tuple[Sequence[Request], int | None, int]]) -> Iterator[Any]:
+    def _answers(self, work: Sequence[Work]) -> Iterator[Any]:
         """What each of `work` gives, as it is done."""
         first = self._ray.get(self._feed.put.remote([pickle.dumps(entry) for entry in work]))
         waiting = set(range(first, first + len(work)))
@@ -227,25 +122,23 @@ class RayEngine:
             try:
                 row = next(self._rows)  # type: ignore[arg-type]
             except Exception as error:
-                raise InputError(f"a Ray worker failed: {_told(error)}") from error
+                raise InputError(f"a Ray worker failed: {told(error)}") from error
             if row["fault"][0]:
                 raise InputError(str(row["fault"][0]))
             if (number := int(row["number"][0])) in waiting:
                 waiting.remove(number)
                 yield pickle.loads(row["answers"][0])
 
-    def _batches(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
-        """In the order given where a batch's company counts; else by policy, if policies are swapped in one by one."""
-        share = -(-len(requests) // (_SHARES * self.count))
+    def _batches(self, asked: Sequence[_Asked]) -> list[Sequence[_Asked]]:
+        """In the order given; whole batches of the engine where a batch's company counts."""
+        share = -(-len(asked) // (_SHARES * self.count))
         if self.batch_size is not None:
             # Whole batches of the engine: equal batches give equal answers.
             size = self._size or self.batch_size
             size = max(self.batch_size, size - size % self.batch_size)
         else:
             size = self._size or max(_LEAST, share)
-        if self.plan.strategy == "reload":
-            requests = sorted(requests, key=lambda request: request.policy.name)
-        return [requests[start : start + size] for start in range(0, len(requests), size)]
+        return [asked[start : start + size] for start in range(0, len(asked), size)]
 
 
 def _rows(feed: Any, settings: Mapping[str, Any], count: int, cpus: float, gpus: float) -> Iterator[Mapping[str, Any]]:
@@ -340,11 +233,3 @@ def _room(cluster: Mapping[str, float], cpus: float, gpus: float) -> int:
             allowed="smaller ray.cpus and ray.gpus",
         )
     return min(rooms)
-
-
-def _told(error: Exception) -> str:
-    """An error in one line: of a remote traceback the last, where its message is; with its type if it is not ours."""
-    if isinstance(error, InputError):
-        return str(error)
-    lines = [line.strip() for line in "".join(traceback.format_exception_only(error)).splitlines() if line.strip()]
-    return lines[-1][:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation
 from psacpo.evalharness.engines.answers import end_ids
-from psacpo.evalharness.engines.base import Completion, NextTokens, Request
+from psacpo.evalharness.engines.base import Completion, NextTokens, Passage, Request
 from psacpo.evalharness.engines.mixture import AdapterMixture
+from psacpo.evalharness.engines.passages import answer_log_probs, by_memory
 from psacpo.evalharness.engines.sampling import next_tokens, uniforms
 from psacpo.hub import load_model, load_tokenizer
 from psacpo.merge.adapters import Adapter
@@ -46,6 +48,7 @@ class _Row:
     uniform: Tensor
     tokens: list[int]
     logprobs: list[float]
+    end_id: int | None = None
     finish_reason: str | None = None
     text: str | None = None
 
@@ -59,10 +62,14 @@ class TransformersEngine:
         mixture: The adapters.
         generation: Sampling settings.
         batch_size: Rows of one forward pass.
+        log_probs: Whether answers are given with their log-probability.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, mixture: AdapterMixture, generation: Generation) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, mixture: AdapterMixture, generation: Generation, *, log_probs: bool = False
+    ) -> None:
         self.model, self.tokenizer, self.mixture, self.generation = model, tokenizer, mixture, generation
+        self.log_probs = log_probs
         self.batch_size: int | None = generation.batch_size
         self.end_ids = end_ids(model.generation_config, tokenizer)
         pad = tokenizer.pad_token_id
@@ -70,7 +77,14 @@ class TransformersEngine:
 
     @classmethod
     def load(
-        cls, base: str | Path, adapters: Mapping[str, Adapter], *, generation: Generation, dtype: str, device: str
+        cls,
+        base: str | Path,
+        adapters: Mapping[str, Adapter],
+        *,
+        generation: Generation,
+        dtype: str,
+        device: str,
+        log_probs: bool = False,
     ) -> TransformersEngine:
         """Load the base once and attach the adapters."""
         if device == "auto":
@@ -80,7 +94,7 @@ class TransformersEngine:
         with _room_for(f"base {path} in {dtype} on {device}", "a smaller dtype, another device, or engine vllm"):
             model = load_model(AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
             model = model.to(device).eval()
-            return cls(model, tokenizer, AdapterMixture(model, adapters), generation)
+            return cls(model, tokenizer, AdapterMixture(model, adapters), generation, log_probs=log_probs)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Answer the requests in batches of `batch_size`, in the order given: prompts of like length belong together."""
@@ -115,7 +129,7 @@ class TransformersEngine:
                 )
                 for row, token in zip(alive, chosen.tolist(), strict=True):
                     self._take(row, token)
-                if self.generation.logprobs:
+                if self.generation.logprobs or self.log_probs:
                     found = logits.float().log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
                     for row, value in zip(alive, found.tolist(), strict=True):
                         row.logprobs.append(value)
@@ -145,6 +159,33 @@ class TransformersEngine:
         self._require_finite(logits, requests)
         rows = logits.float().log_softmax(dim=-1).tolist()
         return [{request.key: dict(enumerate(row)) for request, row in zip(requests, rows, strict=True)}]
+
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterator[tuple[str, float]]:
+        """One forward pass of the base over each prompt with its answer, in batches of like size in memory."""
+        for start in range(0, len(passages), self.generation.batch_size):
+            for part in by_memory(passages[start : start + self.generation.batch_size], self.model.config.vocab_size):
+                with _room_for(f"the base's probabilities of {len(part)} answers", "generation.kl_to_base: false"):
+                    yield from self._base_log_probs(part)
+
+    @torch.inference_mode()
+    def _base_log_probs(self, passages: Sequence[Passage]) -> list[tuple[str, float]]:
+        """Prompts padded on the left and answers on the right, so that all answers begin in one column."""
+        device = self.model.device
+        before = max(len(passage.prompt_ids) for passage in passages)
+        after = max(len(passage.token_ids) for passage in passages)
+        rows, seen = [], []
+        for passage in passages:
+            left, right = before - len(passage.prompt_ids), after - len(passage.token_ids)
+            rows.append([self.pad_id] * left + [*passage.prompt_ids, *passage.token_ids] + [self.pad_id] * right)
+            seen.append([0] * left + [1] * (before - left + after - right) + [0] * right)
+        ids, mask = torch.tensor(rows, device=device), torch.tensor(seen, device=device)
+        positions = mask.cumsum(dim=-1).sub(1).clamp(min=0)
+        self.mixture.set_rows(None)
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=after + 1, use_cache=False
+        )
+        found = answer_log_probs(output.logits[:, -after - 1 : -1], ids[:, before:], mask[:, before:])
+        return list(zip((passage.key for passage in passages), found.tolist(), strict=True))
 
     def close(self) -> None:
         """Let go of the model, and give its memory back: another may be loaded in its place."""
@@ -190,7 +231,7 @@ class TransformersEngine:
     def _take(self, row: _Row, token: int) -> None:
         """Add a sampled token to its row and see whether the row ends with it."""
         if token in self.end_ids:
-            row.finish_reason = "stop"
+            row.finish_reason, row.end_id = "stop", token
             return
         row.tokens.append(token)
         for stop in self.generation.stop:
@@ -207,4 +248,12 @@ class TransformersEngine:
             text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
         # The end token was drawn too, and is no token of the answer.
         logprobs = tuple(row.logprobs[: len(row.tokens)]) if self.generation.logprobs else None
-        return Completion(row.request.key, text, tuple(row.tokens), row.finish_reason or "length", logprobs)
+        return Completion(
+            row.request.key,
+            text,
+            tuple(row.tokens),
+            row.finish_reason or "length",
+            logprobs,
+            math.fsum(row.logprobs) if self.log_probs else None,
+            row.end_id,
+        )

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
 from psacpo.evalharness.config import Generation, Vllm
 from psacpo.evalharness.engines.answers import answer_text, end_ids, read_generation_config, strip_end
-from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Policy, Request
+from psacpo.evalharness.engines.base import Completion, Failure, NextTokens, Passage, Policy, Request
 from psacpo.evalharness.engines.plan import EnginePlan, vllm_device
-from psacpo.evalharness.engines.vllm_start import cpu_arguments, one_line, start, stop
+from psacpo.evalharness.engines.vllm_start import engine_arguments, one_line, start, stop
 from psacpo.hub import load_tokenizer
 from psacpo.merge.adapters import Adapter, write_adapter
 
 # Requests that are handed over before the first of them is answered, for each that vLLM works on at once.
 _AHEAD = 4
-_MAX_NUM_SEQS = 256
 # The most likely tokens that vLLM gives log-probabilities of, unless it is started otherwise.
 _TOP = 20
+
+_BASE = Policy("base")
 
 Weights = tuple[tuple[str, float], ...]
 
@@ -48,12 +50,13 @@ class VllmEngine:
         generation: Generation,
         max_num_seqs: int,
         eager: bool,
+        log_probs: bool = False,
     ) -> None:
         self.engine, self.base, self.adapters, self.generation = engine, base, dict(adapters), generation
-        self.strategy = strategy
+        self.strategy, self.log_probs = strategy, log_probs
         self.tokenizer = load_tokenizer(base)
         self.end_ids = end_ids(read_generation_config(base), self.tokenizer)
-        self._eager = eager
+        self._eager, self._plain_logits = eager, False
         self._window = _AHEAD * max_num_seqs
         self._count = 0
         self._loaded: Weights | Path = ()
@@ -74,6 +77,7 @@ class VllmEngine:
         generation: Generation,
         dtype: str,
         seed: int,
+        log_probs: bool = False,
     ) -> VllmEngine:
         """Start vLLM with the base's weights; with the lora strategy, hand it the policies.
 
@@ -81,40 +85,9 @@ class VllmEngine:
             InputError: vLLM is not there, cannot start, or cannot load a policy: one line each, with the knob.
         """
         cpu = vllm_device() == "cpu"
-        eager = cpu if settings.enforce_eager is None else settings.enforce_eager
-        max_num_seqs = settings.max_num_seqs or _MAX_NUM_SEQS
         distinct = {_weights(policy) for policy in policies if policy.checkpoint is None} - {()}
-        arguments: dict[str, Any] = {
-            "model": str(base),
-            "tokenizer": str(base),
-            "dtype": settings.dtype or dtype,
-            "seed": seed,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "pipeline_parallel_size": settings.pipeline_parallel_size,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "max_model_len": plan.max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "quantization": settings.quantization,
-            "enforce_eager": eager,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            "worker_extension_cls": f"{__package__}.vllm_worker.PolicyWorker",
-        }
-        if plan.strategy == "lora" and distinct:
-            # vLLM's CPU kernels take -1, "no adapter", as an index from the end: requests of the base that share a batch
-            # with adapters get the last slot's (seen in 0.32). One slot more than adapters leaves that one empty: zeros.
-            count = len(distinct) + plan.spare + cpu
-            arguments |= {
-                "enable_lora": True,
-                "max_lora_rank": plan.max_lora_rank,
-                "max_loras": count,
-                "max_cpu_loras": count,
-            }
-        single = settings.tensor_parallel_size * settings.pipeline_parallel_size == 1
-        if cpu:
-            arguments |= cpu_arguments(base, settings, max_num_seqs, plan.max_model_len, single)
-        arguments |= settings.extra
-        engine = start({key: value for key, value in arguments.items() if value is not None}, settings.extra)
+        arguments = engine_arguments(base, plan, settings, adapters=len(distinct), dtype=dtype, seed=seed)
+        engine = start(arguments, settings.extra)
         try:
             return cls(
                 engine,
@@ -123,8 +96,9 @@ class VllmEngine:
                 policies,
                 strategy=plan.strategy or "reload",
                 generation=generation,
-                max_num_seqs=max_num_seqs,
-                eager=eager and cpu,
+                max_num_seqs=arguments.get("max_num_seqs") or 256,
+                eager=cpu and bool(arguments.get("enforce_eager")),
+                log_probs=log_probs,
             )
         except BaseException:
             stop(engine)
@@ -135,7 +109,7 @@ class VllmEngine:
         parameters = self._sampling()
         for part in self._parts(requests):
             for request, output in self._run(part, parameters):
-                yield output if isinstance(output, Failure) else self._completion(request, output)
+                yield output if isinstance(output, Failure) else self._completion(request, output.outputs[0])
 
     def next_tokens(self, requests: Sequence[Request]) -> Sequence[Mapping[str, NextTokens]]:
         """Key -> the log-probabilities of the likeliest next tokens."""
@@ -145,8 +119,32 @@ class VllmEngine:
             for request, output in self._run(part, parameters):
                 if isinstance(output, Failure):
                     raise InputError(f"vLLM gave {request.policy.name} no answer to a probe prompt: {output.error}")
-                found[request.key] = {token: float(entry.logprob) for token, entry in output.logprobs[0].items()}
+                likely = output.outputs[0].logprobs[0]
+                found[request.key] = {token: float(entry.logprob) for token, entry in likely.items()}
         return [found]
+
+    def base_log_probs(self, passages: Sequence[Passage]) -> Iterator[tuple[str, float] | Failure]:
+        """The base reads each answer but its last token, which it is then made to write: no longer than the answer was."""
+        passage_of = {passage.key: passage for passage in passages}
+        parameters = {"temperature": 0.0, "max_tokens": 1, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
+        requests = [Request(one.key, _BASE, one.prompt_ids + one.token_ids[:-1], seed=0) for one in passages]
+
+        def last(request: Request) -> dict[str, Any]:
+            return {"allowed_token_ids": [passage_of[request.key].token_ids[-1]]}
+
+        if self._lora and not self._plain_logits:
+            self.engine.collective_rpc("psacpo_plain_logits")
+            self._plain_logits = True
+        for part in self._parts(requests):
+            for request, output in self._run(part, parameters, last):
+                if isinstance(output, Failure):
+                    yield output
+                    continue
+                passage = passage_of[request.key]
+                # Of each token that was read and of the one that was written: before any token was ruled out.
+                entries = [*output.prompt_logprobs[len(passage.prompt_ids) :], output.outputs[0].logprobs[0]]
+                pairs = zip(entries, passage.token_ids, strict=True)
+                yield request.key, math.fsum(float(entry[token].logprob) for entry, token in pairs)
 
     def close(self) -> None:
         """Stop vLLM and its workers, and remove the adapters that were written for it."""
@@ -222,13 +220,23 @@ class VllmEngine:
             "max_tokens": settings.max_new_tokens,
             "stop": settings.stop or None,
             "stop_token_ids": sorted(self.end_ids),
-            "logprobs": 0 if settings.logprobs else None,
+            "logprobs": 0 if settings.logprobs or self.log_probs else None,
             # Text is only needed to find stop strings in; records have it decoded here, as every engine's.
             "detokenize": bool(settings.stop),
         }
 
-    def _run(self, requests: Sequence[Request], parameters: Mapping[str, Any]) -> Iterator[tuple[Request, Any]]:
-        """(request, vLLM's output or why there is none), as they finish; a bounded number is handed over ahead."""
+    def _run(
+        self,
+        requests: Sequence[Request],
+        parameters: Mapping[str, Any],
+        own: Callable[[Request], Mapping[str, Any]] = lambda request: {},
+    ) -> Iterator[tuple[Request, Any]]:
+        """(request, vLLM's output or why there is none), as they finish; a bounded number is handed over ahead.
+
+        Args:
+            parameters: Of all requests' sampling.
+            own: More of a request's own.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -240,7 +248,10 @@ class VllmEngine:
                     self._count += 1
                     name = f"psacpo-{self._count}"
                     sampling = SamplingParams(
-                        **parameters, seed=request.seed % 2**63, output_kind=RequestOutputKind.FINAL_ONLY
+                        **parameters,
+                        **own(request),
+                        seed=request.seed % 2**63,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
                     )
                     lora = self._lora.get(_weights(request.policy))
                     prompt = {"prompt_token_ids": list(request.prompt_ids)}
@@ -254,7 +265,7 @@ class VllmEngine:
                     continue
                 for output in self._step():
                     if output.finished and output.request_id in under_way:
-                        yield under_way.pop(output.request_id), output.outputs[0]
+                        yield under_way.pop(output.request_id), output
         finally:
             if under_way and self.engine is not None:
                 with contextlib.suppress(Exception):
@@ -278,13 +289,21 @@ class VllmEngine:
     def _completion(self, request: Request, output: Any) -> Completion | Failure:
         if output.finish_reason not in ("stop", "length"):
             return Failure(request.key, f"vLLM ended the answer with finish_reason {output.finish_reason}")
-        token_ids = strip_end(output.token_ids, self.end_ids)
-        logprobs = None
-        if self.generation.logprobs:
-            pairs = zip(token_ids, output.logprobs, strict=False)
-            logprobs = tuple(float(entry[token].logprob) for token, entry in pairs)
+        drawn = tuple(output.token_ids)
+        token_ids = strip_end(drawn, self.end_ids)
+        said: list[float] = []
+        if output.logprobs is not None:
+            said = [float(entry[token].logprob) for token, entry in zip(drawn, output.logprobs, strict=True)]
         text = answer_text(self.tokenizer, token_ids, self.generation.stop)
-        return Completion(request.key, text, token_ids, output.finish_reason, logprobs)
+        return Completion(
+            request.key,
+            text,
+            token_ids,
+            output.finish_reason,
+            tuple(said[: len(token_ids)]) if self.generation.logprobs else None,
+            math.fsum(said) if self.log_probs else None,
+            drawn[-1] if len(token_ids) < len(drawn) else None,
+        )
 
 
 def _weights(policy: Policy) -> Weights:

@@ -13,7 +13,7 @@ from typing import Any
 
 from psacpo.errors import InputError, unknown_name
 from psacpo.evalharness.config import Vllm
-from psacpo.evalharness.engines.plan import broken_vllm, require_vllm
+from psacpo.evalharness.engines.plan import EnginePlan, broken_vllm, require_vllm, vllm_device
 from psacpo.hub import load_config
 
 # Engine arguments that decide what is computed, or that this engine sets itself.
@@ -21,8 +21,51 @@ _OURS = frozenset(
     ("model", "tokenizer", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "worker_extension_cls", "seed")
 )
 _UNSAFE = frozenset(("trust_remote_code", "allowed_local_media_path", "code_revision"))
+_MAX_NUM_SEQS = 256
 # Tokens of one step on a CPU, where that holds the longest prompt.
 _BATCHED_TOKENS = 2048
+
+
+def engine_arguments(
+    base: Path, plan: EnginePlan, settings: Vllm, *, adapters: int, dtype: str, seed: int
+) -> dict[str, Any]:
+    """What vLLM is started with for a sweep; what nobody says is left to it.
+
+    Args:
+        adapters: Different mixtures that the policies are.
+    """
+    cpu = vllm_device() == "cpu"
+    max_num_seqs = settings.max_num_seqs or _MAX_NUM_SEQS
+    arguments: dict[str, Any] = {
+        "model": str(base),
+        "tokenizer": str(base),
+        "dtype": settings.dtype or dtype,
+        "seed": seed,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "quantization": settings.quantization,
+        "enforce_eager": cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": f"{__package__}.vllm_worker.PolicyWorker",
+    }
+    if plan.strategy == "lora" and adapters:
+        # vLLM's CPU kernels take -1, "no adapter", as an index from the end: requests of the base that share a batch
+        # with adapters get the last slot's (seen in 0.32). One slot more than adapters leaves that one empty: zeros.
+        count = adapters + plan.spare + cpu
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": plan.max_lora_rank,
+            "max_loras": count,
+            "max_cpu_loras": count,
+        }
+    single = settings.tensor_parallel_size * settings.pipeline_parallel_size == 1
+    if cpu:
+        arguments |= cpu_arguments(base, settings, max_num_seqs, plan.max_model_len, single)
+    return {key: value for key, value in (arguments | settings.extra).items() if value is not None}
 
 
 def cpu_arguments(

@@ -39,6 +39,19 @@ class PolicyWorker:
         worker: Any = self
         worker.reload_weights(weights_iterator=merged_weights(read_model(Path(path)), [], []))
 
+    def psacpo_plain_logits(self) -> None:
+        """Take the adapters' part out of the output embedding, where this strategy puts none.
+
+        vLLM looks one adapter up for each request there, and with log-probabilities of a prompt a request has many
+        rows: on a CPU it stops, elsewhere it would add one adapter's zeros or another's.
+        """
+        worker: Any = self
+        model = worker.model_runner.get_model()
+        wrapped = [name for name, one in model.named_modules() if type(one).__name__ == "LogitsProcessorWithLoRA"]
+        for name in wrapped:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, model.get_submodule(name).base_layer)
+
 
 def merged_weights(
     model: ModelDirectory, adapters: Sequence[Adapter], weights: Sequence[float]

@@ -7,6 +7,7 @@ from psacpo.evalharness.judges.llm_settings import LlmJudge
 from psacpo.evalharness.judges.rule_settings import (
     EnsembleJudge,
     ImportJudge,
+    KlJudge,
     LengthJudge,
     RegexJudge,
     RepetitionJudge,
@@ -41,7 +42,7 @@ def make_judge(name: str, settings: JudgeSettings, *, device: str, allow_code: b
             from psacpo.evalharness.judges.python import Python
 
             return Python(name, settings, allow_code=allow_code)
-        case RegexJudge() | LengthJudge() | TruncatedJudge() | RepetitionJudge():
+        case RegexJudge() | LengthJudge() | TruncatedJudge() | RepetitionJudge() | KlJudge():
             from psacpo.evalharness.judges.rules import make_rule
 
             return make_rule(settings)

@@ -17,6 +17,8 @@ class Item:
         fields: The prompt's other columns (`category`, `behavior`, ...).
         finish_reason: "length" for an answer that was cut off; None where nobody knows.
         n_tokens: Of the answer; None where nobody knows.
+        log_ratio: log pi(y|x) - log pi_base(y|x) of the answer as drawn; None where nobody knows.
+        n_drawn: The tokens that it is over, the one that ended the answer among them.
         anchor: The anchor policy's answer to the same prompt and sample, for judges that compare with one.
         verdicts: What the judges that this one is made of (`Judge.members`) said, by name.
     """
@@ -29,6 +31,8 @@ class Item:
     fields: Mapping[str, Any] = field(default_factory=dict)
     finish_reason: str | None = None
     n_tokens: int | None = None
+    log_ratio: float | None = None
+    n_drawn: int | None = None
     anchor: str | None = None
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
 from psacpo.errors import InputError, unknown_name
 from psacpo.evalharness.judges.base import Item, TextJudge, Verdict
+from psacpo.evalharness.judges.guard_replies import (
+    Reply,
+    class_probabilities,
+    greedy_replies,
+    label_tokens,
+    reply_ends,
+)
 from psacpo.evalharness.judges.guard_spec import Output, read_spec, with_template
 from psacpo.evalharness.judges.scalar import CUT, FILES, check_weights, device_of, single
 from psacpo.evalharness.judges.settings import GuardJudge
 from psacpo.evalharness.judges.untrusted import Chat, Encoder, Piece, fill
 from psacpo.files import digest, digest_directory
 from psacpo.hub import load_config, load_model, load_tokenizer, model_directory
-from psacpo.prompting import end_of_turn_ids, require_chat_template
+from psacpo.prompting import require_chat_template
 
-PLAUSIBLE = 20
-"""A class is believed where one of its words is among so many most likely tokens; endpoints give no more of them."""
 # Harm and refusal are often asked of the same guard: its weights are in memory once, while any judge holds them.
 _LOADED: WeakValueDictionary[tuple[str, str, str], Any] = WeakValueDictionary()
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a guard wrote, greedily.
-
-    Attributes:
-        ids: Its tokens, without the end of turn.
-        logprobs: Of the label tokens at each step, [steps + 1 where the reply ended of itself, labels].
-        plausible: Whether each is among the `PLAUSIBLE` most likely, in the same shape.
-    """
-
-    ids: list[int]
-    logprobs: Tensor
-    plausible: Tensor
+# Settings that play no part in what it says, or that others of its digest say.
+_NOT_ITS_OWN = {"batch_size", "model", "preset", "spec", "template_file"}
+_ENGINE = {"engine", "vllm"}
 
 
 class Guard(TextJudge):
@@ -67,11 +61,16 @@ class Guard(TextJudge):
                 "kind": "guard",
                 "files": self.files,
                 "spec": spec.model_dump(exclude={"source"}),
-                "settings": settings.model_dump(exclude={"batch_size", "model", "preset", "spec", "template_file"}),
+                "settings": settings.model_dump(
+                    exclude=_NOT_ITS_OWN | (_ENGINE if settings.engine == "transformers" else set())
+                ),
             }
         )
+        if settings.vllm and settings.engine != "vllm":
+            raise InputError(f"{self.what}: vllm: is for engine: vllm")
         self._check()
         self._loaded: Any = None
+        self._vllm: Any = None
 
     def reads(self, item: Item) -> Any:
         """The prompt, the completion, and those of the prompt's columns that stand in the template."""
@@ -120,6 +119,7 @@ class Guard(TextJudge):
             except InputError as error:
                 verdicts[index] = Verdict(None, raw=str(error))
         order = sorted(encoded, key=lambda index: len(encoded[index]))
+        self._start_vllm([encoded[index] for index in order])
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             for index, reply in zip(batch, self._replies([encoded[index] for index in batch]), strict=True):
@@ -173,50 +173,33 @@ class Guard(TextJudge):
             start += 1
         return start
 
-    @torch.inference_mode()
     def _replies(self, rows: Sequence[Sequence[int]]) -> list[Reply]:
-        """Greedy replies to one left-padded batch."""
-        from transformers import DynamicCache
+        """Greedy replies to one batch."""
+        if self._vllm is not None:
+            written: list[Reply] = self._vllm.replies(rows, self.label_ids, self.ends, self.spec.max_new_tokens)
+            return written
+        return greedy_replies(
+            self._model(), rows, label_ids=self.label_ids, ends=self.ends, steps=self.spec.max_new_tokens
+        )
 
-        model = self._model()
-        width, device = max(map(len, rows)), model.device
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        labels = torch.tensor(self.label_ids, device=device)
-        steps = self.spec.max_new_tokens
-        cache = DynamicCache(config=model.config) if steps > 1 else None
-        written: list[list[int]] = [[] for _ in rows]
-        ended = [False] * len(rows)
-        logprobs: list[Tensor] = []
-        plausible: list[Tensor] = []
-        for _ in range(steps):
-            positions = mask.cumsum(dim=-1)[:, -ids.shape[1] :].sub(1).clamp(min=0)
-            logits = (
-                model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    logits_to_keep=1,
-                )
-                .logits[:, -1]
-                .float()
-            )
-            logprobs.append(logits.log_softmax(dim=-1)[:, labels].cpu())
-            top = logits.topk(min(PLAUSIBLE, logits.shape[-1])).indices
-            plausible.append((top[:, :, None] == labels).any(dim=1).cpu())
-            chosen = logits.argmax(dim=-1)
-            for row, token in enumerate(chosen.tolist()):
-                ended[row] = ended[row] or token in self.ends
-                if not ended[row]:
-                    written[row].append(token)
-            if all(ended):
-                break
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        found, likely = torch.stack(logprobs, dim=1), torch.stack(plausible, dim=1)
-        return [Reply(text, found[row], likely[row]) for row, text in enumerate(written)]
+    def _start_vllm(self, rows: Sequence[Sequence[int]]) -> None:
+        """Start vLLM, once, after transformers read the first rows and let go of the model: it must say the same."""
+        if self.settings.engine != "vllm" or self._vllm is not None or not rows:
+            return
+        from psacpo.evalharness.engines.plan import require_vllm
+        from psacpo.evalharness.judges.guard_vllm import writing
+        from psacpo.evalharness.judges.pooling import PARITY_ROWS, require_parity
+
+        require_vllm()
+        first, settings = rows[:PARITY_ROWS], self.settings
+        expected = [self._read(reply).score for reply in self._replies(first)]
+        self._loaded = None
+        longest = self.limit + self.spec.max_new_tokens
+        self._vllm = writing(self.path, str(self.files), settings.dtype, longest, settings.vllm)
+        given = [self._read(reply).score for reply in self._replies(first)]
+        # An invalid verdict has to be one of both: it counts as -1, far from any probability.
+        numbers = [[-1.0 if score is None else score for score in side] for side in (expected, given)]
+        require_parity(self.what, settings.dtype, *numbers)
 
     def _check(self) -> None:
         """Everything that can be known without loading weights: refused before the sweep."""
@@ -243,7 +226,7 @@ class Guard(TextJudge):
         self.columns, self.label_ids = label_tokens(tokenizer, self.output, self.what)
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or settings.max_length
         self.limit = min(settings.max_length, positions - spec.max_new_tokens)
-        self.ends = _ends(self.path, tokenizer)
+        self.ends = reply_ends(self.path, tokenizer)
         example = Item("a", "a", fields=dict.fromkeys(spec.fields, "a"))
         for guideline in self.guidelines:
             self.encoder.require_one_bos(self.encode(example, guideline))
@@ -260,49 +243,3 @@ class Guard(TextJudge):
                 model = load_model(AutoModelForCausalLM, self.path, what=self.what, dtype=dtype)
                 self._loaded = _LOADED[key] = model.to(device).eval()
         return self._loaded
-
-
-def class_probabilities(logprobs: Tensor, columns: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Class -> its share of the probability that all classes' words have, of log-probabilities [labels]."""
-    parts = torch.stack([logprobs[list(columns[name])].logsumexp(dim=0) for name in columns])
-    return dict(zip(columns, parts.softmax(dim=0).tolist(), strict=True))
-
-
-def label_tokens(tokenizer: Any, output: Output, what: str) -> tuple[dict[str, list[int]], list[int]]:
-    """Class -> columns of its words' first tokens, and the token of each column.
-
-    A word is looked up at a text's start, behind a space and behind a line break, since its token differs.
-
-    Raises:
-        InputError: Two classes begin with the same token, so one step cannot tell them apart.
-    """
-    tokens: dict[int, str] = {}
-    for name, words in output.labels.items():
-        for text in (before + word for word in words for before in ("", " ", "\n")):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            first = next((number for number in ids if tokenizer.decode([number]).strip()), None)
-            if first is None:
-                raise InputError(f"{what}: its tokenizer has no token for the word {text.strip()!r}")
-            if tokens.setdefault(first, name) != name:
-                raise InputError(
-                    f"{what}: the words for '{name}' and '{tokens[first]}' begin with the same token "
-                    f"{tokenizer.decode([first])!r}",
-                    allowed="words that the tokenizer tells apart by their first token",
-                )
-    columns: dict[str, list[int]] = {name: [] for name in output.labels}
-    for column, name in enumerate(tokens.values()):
-        columns[name].append(column)
-    return columns, list(tokens)
-
-
-def _ends(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a reply: the tokenizer's, and those of generation_config.json."""
-    from transformers import GenerationConfig
-
-    found = {tokenizer.eos_token_id, *end_of_turn_ids(tokenizer)}
-    try:
-        given = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):
-        given = None
-    found |= set(given) if isinstance(given, list) else {given}
-    return frozenset(number for number in found if number is not None)

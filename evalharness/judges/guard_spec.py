@@ -151,7 +151,8 @@ _LLAMA_MARKERS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
 _HARM = Output(labels=_YES_NO, positive=["yes"])
 
 _HARMBENCH_SPEC = GuardSpec(
-    needs_template="LLAMA2_CLS_PROMPT of HarmBench's eval_utils.py with {behavior} and {completion} for its two fields",
+    needs_template="LLAMA2_CLS_PROMPT of github.com/centerforaisafety/HarmBench eval_utils.py, its two fields named "
+    "{behavior} and {completion}",
     defaults={"behavior": "{prompt}"},
     markers=_LLAMA_MARKERS,
     outputs={"harm": _HARM},

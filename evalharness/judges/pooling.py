@@ -21,21 +21,7 @@ class Pooling:
     """One running vLLM that classifies."""
 
     def __init__(self, path: Path, *, dtype: str, max_model_len: int, extra: Mapping[str, Any]) -> None:
-        cpu = vllm_device() == "cpu"
-        arguments: dict[str, Any] = {
-            "model": str(path),
-            "tokenizer": str(path),
-            "runner": "pooling",
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": _MAX_NUM_SEQS,
-            "enforce_eager": cpu,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
-        if cpu:
-            arguments |= cpu_arguments(path, Vllm(), _MAX_NUM_SEQS, max_model_len, single=True)
-        self.engine = start(arguments | dict(extra), extra)
+        self.engine, _ = start_vllm(path, dtype=dtype, max_model_len=max_model_len, extra=extra, runner="pooling")
         self._count = 0
 
     def scores(self, rows: Sequence[Sequence[int]], label: int) -> list[float]:
@@ -61,6 +47,32 @@ class Pooling:
         except Exception as error:  # whatever ends vLLM's loop
             raise InputError(f"vLLM stopped: {one_line(error)}", allowed="engine: transformers") from error
         return [found[name] for name in names]
+
+
+def start_vllm(
+    path: Path, *, dtype: str, max_model_len: int, extra: Mapping[str, Any], runner: str = "generate"
+) -> tuple[Any, bool]:
+    """A running vLLM of a judge's weights, and whether it compiles nothing, as on a CPU.
+
+    Args:
+        extra: More of vLLM's engine arguments.
+        runner: "pooling" for a classifier, "generate" for a guard that writes.
+    """
+    cpu = vllm_device() == "cpu"
+    arguments: dict[str, Any] = {
+        "model": str(path),
+        "tokenizer": str(path),
+        "runner": runner,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": _MAX_NUM_SEQS,
+        "enforce_eager": cpu,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if cpu:
+        arguments |= cpu_arguments(path, Vllm(), _MAX_NUM_SEQS, max_model_len, single=True)
+    return start(arguments | dict(extra), extra), cpu
 
 
 def require_parity(what: str, dtype: str, expected: Sequence[float], given: Sequence[float]) -> None:

@@ -19,6 +19,9 @@ from psacpo.evalharness.judges.settings import PythonJudge
 from psacpo.files import digest, digest_file
 from psacpo.prompting import Prompt
 
+# The modules that are judges and nothing else. Any other function would be called with a model's words as its arguments.
+_OURS = ("psacpo.demo.oracle",)
+
 
 class Python(TextJudge):
     """`package.module:function`, called as `function(prompt, completion) -> float`.
@@ -30,10 +33,8 @@ class Python(TextJudge):
 
     def __init__(self, name: str, settings: PythonJudge, *, allow_code: bool) -> None:
         module_name, _, function_name = settings.callable.partition(":")
-        if module_name.split(".")[0] != "psacpo" and not allow_code:
-            raise InputError(
-                f"judge '{name}' would run the code {settings.callable}", allowed="say --allow-code if you trust it"
-            )
+        if module_name not in _OURS and not allow_code:
+            raise _untrusted(name, settings)
         try:
             with contextlib.redirect_stdout(_Aside()):
                 module = importlib.import_module(module_name)
@@ -41,6 +42,8 @@ class Python(TextJudge):
         except BaseException as error:
             _let_end(error)
             raise InputError(f"judge '{name}': cannot import {settings.callable}: {_words(error)}") from error
+        if not allow_code and getattr(function, "__module__", None) != module_name:
+            raise _untrusted(name, settings)  # what a module imports is not what it judges by
         if not callable(function):
             raise InputError(f"judge '{name}': {settings.callable} is not a function")
         self.function = cast(Callable[[Prompt, str], float], function)
@@ -61,6 +64,12 @@ class Python(TextJudge):
             _let_end(error)
             return Verdict(None, raw=_words(error))
         return Verdict(score) if math.isfinite(score) else Verdict(None, raw=f"score {score}")
+
+
+def _untrusted(name: str, settings: PythonJudge) -> InputError:
+    return InputError(
+        f"judge '{name}' would run the code {settings.callable}", allowed="say --allow-code if you trust it"
+    )
 
 
 def _let_end(error: BaseException) -> None:

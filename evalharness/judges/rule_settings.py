@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import regex  # type: ignore[import-untyped]
 from pydantic import Field, field_validator, model_validator
 
 from psacpo.config import Strict
+from psacpo.evalharness.judges.patterns import compiled
 
 Better = Literal["higher", "lower"]
 
@@ -33,10 +33,7 @@ class RegexJudge(Strict):
 
     @model_validator(mode="after")
     def _can_match(self) -> RegexJudge:
-        try:
-            groups = regex.compile(self.pattern).groups
-        except regex.error as error:
-            raise ValueError(f"pattern {self.pattern!r} cannot be read: {error}") from error
+        groups = compiled(self.pattern, ignore_case=self.ignore_case).groups
         if self.capture and groups != 1:
             raise ValueError(f"capture takes the number in a pattern's one group; {self.pattern!r} has {groups}")
         return self
@@ -64,6 +61,21 @@ class RepetitionJudge(Strict):
     kind: Literal["repetition"]
     measure: Literal["ngrams", "compression"] = "ngrams"
     n: int = Field(4, ge=1, le=64)
+    better: Better = "lower"
+
+
+class KlJudge(Strict):
+    """How far the completion is from the base: the log of how much likelier the policy was to say it, in nats.
+
+    log pi(y|x) - log pi_base(y|x), both at temperature 1, over all of an answer's tokens and the one that ended it. Its
+    mean over answers that were drawn at temperature 1 from all tokens estimates KL(pi || pi_base) without bias.
+
+    Attributes:
+        per: An answer's sum, or that divided by its tokens.
+    """
+
+    kind: Literal["kl_to_base"]
+    per: Literal["answer", "token"] = "answer"
     better: Better = "lower"
 
 
@@ -126,4 +138,4 @@ class EnsembleJudge(Strict):
         return self.thresholds.get(member, 0.5)
 
 
-RuleJudge = RegexJudge | LengthJudge | TruncatedJudge | RepetitionJudge | ImportJudge | EnsembleJudge
+RuleJudge = RegexJudge | LengthJudge | TruncatedJudge | RepetitionJudge | KlJudge | ImportJudge | EnsembleJudge

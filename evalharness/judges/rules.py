@@ -8,13 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
-
 from psacpo.evalharness.judges.base import Item, Verdict
-from psacpo.evalharness.judges.rule_settings import LengthJudge, RegexJudge, RepetitionJudge, TruncatedJudge
+from psacpo.evalharness.judges.patterns import compiled
+from psacpo.evalharness.judges.rule_settings import KlJudge, LengthJudge, RegexJudge, RepetitionJudge, TruncatedJudge
 from psacpo.files import digest
 
-Settings = RegexJudge | LengthJudge | RepetitionJudge | TruncatedJudge
+Settings = RegexJudge | LengthJudge | RepetitionJudge | TruncatedJudge | KlJudge
 
 
 class _Rule(ABC):
@@ -46,7 +45,7 @@ class Regex(_Rule):
     def __init__(self, settings: RegexJudge) -> None:
         super().__init__(settings)
         self.settings = settings
-        self.pattern = regex.compile(settings.pattern, regex.IGNORECASE if settings.ignore_case else 0)
+        self.pattern = compiled(settings.pattern, ignore_case=settings.ignore_case)
 
     def one(self, item: Item) -> Verdict:
         """A completion that is too long, or a search that takes too long, is an invalid verdict."""
@@ -118,11 +117,32 @@ class Repetition(_Rule):
         return Verdict(repeated_ngrams(item.completion, self.settings.n))
 
 
+class Kl(_Rule):
+    """The log-ratio of policy and base."""
+
+    def __init__(self, settings: KlJudge) -> None:
+        super().__init__(settings)
+        self.per = settings.per
+
+    def reads(self, item: Item) -> Any:
+        """The two log-probabilities' difference, and over how many tokens it is."""
+        return [item.log_ratio, item.n_drawn]
+
+    def one(self, item: Item) -> Verdict:
+        """An answer of which nobody told both probabilities is an invalid verdict."""
+        if item.log_ratio is None or not item.n_drawn:
+            return Verdict(None, raw="its probability under the base is not known")
+        per_token = item.log_ratio / item.n_drawn
+        raw = f"{item.log_ratio:.6g} nats over {item.n_drawn} tokens, {per_token:.6g} a token"
+        return Verdict(item.log_ratio if self.per == "answer" else per_token, raw=raw)
+
+
 _KINDS: dict[type[Settings], Callable[[Any], _Rule]] = {
     RegexJudge: Regex,
     LengthJudge: Length,
     TruncatedJudge: Truncated,
     RepetitionJudge: Repetition,
+    KlJudge: Kl,
 }
 
 

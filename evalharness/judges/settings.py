@@ -72,6 +72,8 @@ class GuardJudge(_ModelJudge):
         output: Which of the things that the guard says is the score.
         controversial: Whether the class between safe and unsafe, where a guard has one, counts as harm.
         guidelines: In place of the spec's own, for guards that are asked about one guideline at a time.
+        engine: vllm writes the replies by vLLM, held against transformers on the first answers.
+        vllm: More of vLLM's engine arguments, such as {gpu_memory_utilization: 0.4} where two judges share a GPU.
     """
 
     kind: Literal["guard"]
@@ -81,6 +83,8 @@ class GuardJudge(_ModelJudge):
     better: Better = "lower"
     controversial: Literal["harm", "safe"] = "harm"
     guidelines: list[str] | None = Field(None, min_length=1)
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: dict[str, Any] = Field(default_factory=dict)
 
 
 class RefusalJudge(Strict):
@@ -93,7 +97,7 @@ class RefusalJudge(Strict):
 class PythonJudge(Strict):
     """A function `(prompt, completion) -> float` by dotted path, `package.module:function`.
 
-    Outside the package psacpo it runs only with --allow-code: a recipe must not run code that the user did not see.
+    Only the demo's own judges run without --allow-code: a recipe must not run code that the user did not see.
     """
 
     kind: Literal["python"]

@@ -200,6 +200,7 @@ class Chat:
         self.tokenizer, self.what = tokenizer, what
         self.options = {"add_generation_prompt": add_generation_prompt} | options
         self._known: dict[tuple[str, ...], list[_Part]] = {}
+        self._in_parts = False
 
     def pieces(self, messages: Sequence[Mapping[str, str]]) -> list[Piece]:
         """The pieces of the written conversation; the last message may be cut.
@@ -223,6 +224,18 @@ class Chat:
         return pieces
 
     def _learn(self, roles: tuple[str, ...]) -> list[_Part]:
+        """The parts, of a template that takes contents as texts or as lists of parts, as those that also take images."""
+        try:
+            return self._learn_by(roles)
+        except InputError as error:
+            self._in_parts = True
+            try:
+                return self._learn_by(roles)
+            except InputError:
+                self._in_parts = False
+                raise error from None
+
+    def _learn_by(self, roles: tuple[str, ...]) -> list[_Part]:
         names = [f"PSACPOcontent{index}x" for index in range(len(roles))]
         bare = re.split(_STAND_IN, self._render(roles, names))
         padded = re.split(_STAND_IN, self._render(roles, [f"{_LEFT}{name}{_RIGHT}" for name in names]))
@@ -247,7 +260,10 @@ class Chat:
         ]
 
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": content}] if self._in_parts else content}
+            for role, content in zip(roles, contents, strict=True)
+        ]
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.options)
         except Exception as error:  # a template is somebody's code: it raises what it likes

@@ -43,7 +43,7 @@ def calibrate(
     """
     assert config.calibrate is not None
     gold = read_gold(config.calibrate, answers)
-    clusters = [str(answer.item.fields.get("cluster") or answer.item.prompt_id) for answer in answers]
+    clusters = [answer.drawn_with for answer in answers]
     found = {name: _one(config, name, records, gold, answers, clusters) for name, records in verdicts.items()}
     where = (out if out.is_dir() else out.parent) / FILE
     result = {

@@ -113,8 +113,10 @@ def _judge_run(config: JudgeConfig) -> Judged:
     if config.calibrate is not None:
         _require_gold(config, plan_run(config)[0])
     measured, answers, verdicts = rejudge(config)
+    # By the run's own settings: its table says what its frontier.json says.
+    own = ("judges", "max_invalid", "confidence", "resamples", "seed")
     return _judged(
-        config.model_copy(update={"judges": measured.judges, "max_invalid": measured.max_invalid}),
+        config.model_copy(update={name: getattr(measured, name) for name in own}),
         config.source,
         answers,
         verdicts,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,11 @@ from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.judging.config import JudgeConfig
 from psacpo.evalharness.judging.verdicts import Answer, is_verdict
+from psacpo.evalharness.kl import with_base_log_probs
 from psacpo.evalharness.prompts import PromptRow, is_prompt
 from psacpo.evalharness.records import Record, latest, locked, read_records
 from psacpo.evalharness.run_files import COMPLETIONS, PLAN, PROMPTS, VERDICTS, is_answer, is_completion, is_prompt_row
-from psacpo.evalharness.scoring import Measured, item_of, judge_answers, write_frontier
+from psacpo.evalharness.scoring import Measured, item_of, judge_answers, measurable, write_frontier
 from psacpo.evalharness.sweep import policies_of
 from psacpo.files import MANIFEST, read_manifest, write_atomically
 
@@ -47,7 +52,8 @@ def rejudge(settings: JudgeConfig) -> tuple[FrontierConfig, list[Answer], dict[s
     """Judge a run's answers, add the verdicts to it, and write its frontier.json and report anew.
 
     Raises:
-        InputError: The run is not finished or damaged, or a judge is wrong; nothing was written.
+        InputError: The run is not finished or damaged, or a judge is wrong: nothing was written. Or the disk is full:
+            the run says what it said before, and keeps the verdicts.
     """
     with locked(settings.source):
         run = _read(settings)
@@ -56,9 +62,31 @@ def rejudge(settings: JudgeConfig) -> tuple[FrontierConfig, list[Answer], dict[s
         inputs = {name: one for name, one in run.manifest["inputs"].items() if not name.startswith("judge ")}
         inputs |= {f"judge {name}": judge.digest for name, judge in measured.judges.items()}
         manifest = run.manifest | {"config": run.config.model_dump(mode="json", by_alias=True), "inputs": inputs}
-        write_atomically(settings.source / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
-        write_frontier(measured, verdicts, intrinsic)
+        with _all_or_none(settings.source):
+            write_atomically(settings.source / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
+            write_frontier(measured, verdicts, intrinsic)
     return run.config, _answers(measured), verdicts
+
+
+@contextlib.contextmanager
+def _all_or_none(run: Path) -> Iterator[None]:
+    """Put the files that are made out of verdicts back as they were if one of them cannot be written.
+
+    Second names of the old files take no room, and every file is replaced and never written over.
+    """
+    files = [path for path in run.iterdir() if path.is_file() and path.suffix != ".jsonl" and path.name[0] != "."]
+    with tempfile.TemporaryDirectory(prefix=".before-", dir=run) as place:
+        for path in files:
+            try:
+                os.link(path, Path(place) / path.name)
+            except OSError:  # a file system without second names
+                shutil.copy2(path, Path(place) / path.name)
+        try:
+            yield
+        except BaseException:
+            for path in files:
+                (Path(place) / path.name).replace(path)
+            raise
 
 
 def _read(settings: JudgeConfig) -> _Run:
@@ -84,11 +112,12 @@ def _read(settings: JudgeConfig) -> _Run:
     require_fields(config, prompts)
     require_templates(config, prompts)
     answers = _completions(source, {row.id: row for row in prompts})
-    return _Run(config, manifest, Measured(config, policies_of(config), prompts, answers, judges))
+    measured = measurable(Measured(config, policies_of(config), prompts, answers, judges))
+    return _Run(measured.config, manifest, measured)
 
 
 def _answers(measured: Measured) -> list[Answer]:
-    return [Answer(record["key"], item_of(row, record), record["key"]) for row, record in measured.answers]
+    return [Answer(record["key"], item_of(row, record), record["key"], row.cluster) for row, record in measured.answers]
 
 
 def _prompts(path: Path) -> list[PromptRow]:
@@ -115,4 +144,5 @@ def _completions(source: Path, prompts: dict[str, PromptRow]) -> list[tuple[Prom
         )
     if strange := [key for key in keys if records[key]["prompt_id"] not in prompts]:
         raise InputError(f"{source / PROMPTS} holds no prompt '{records[strange[0]]['prompt_id']}', which was answered")
-    return [(prompts[records[key]["prompt_id"]], records[key]) for key in keys]
+    found = with_base_log_probs(source, [records[key] for key in keys])
+    return [(prompts[record["prompt_id"]], record) for record in found]

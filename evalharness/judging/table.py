@@ -17,28 +17,46 @@ from psacpo.evalharness.judging.verdicts import Answer
 from psacpo.evalharness.records import Record
 from psacpo.evalharness.statistics.bootstrap import bootstrap_weights, estimate
 
+# Judges side by side in the table of policies, so that it stays within 100 columns.
+_ABREAST = 3
 _ARROWS = {"higher": "higher is better", "lower": "lower is better"}
 
 
 def estimates(
     config: JudgeConfig, answers: Sequence[Answer], verdicts: Mapping[str, Sequence[Record]]
 ) -> dict[str, dict[str, Any]]:
-    """Each judge's mean over valid verdicts, its interval over clusters of prompts, and its counts."""
-    clusters = [str(answer.item.fields.get("cluster") or answer.item.prompt_id) for answer in answers]
-    place = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    """Each judge's mean over valid verdicts, its interval over clusters of prompts, and its counts.
+
+    Of answers of several policies also each policy's own, under `policies`, by the same draws of clusters.
+    """
+    clusters = [answer.drawn_with for answer in answers]
+    place = {name: index for index, name in enumerate(sorted(set(clusters)))}
     weights = bootstrap_weights(len(place), config.resamples, config.seed)
+    policies = dict.fromkeys(answer.item.policy for answer in answers)
     found = {}
     for name, records in verdicts.items():
-        sums, counts = np.zeros(len(place)), np.zeros(len(place))
-        for cluster, record in zip(clusters, records, strict=True):
-            if record["valid"]:
-                sums[place[cluster]] += record["score"]
-                counts[place[cluster]] += 1
         rate = all(record["score"] in (0.0, 1.0) for record in records if record["valid"])
+
+        def cell(rows: Sequence[tuple[str, Record]], rate: bool = rate) -> dict[str, Any]:
+            sums, counts = np.zeros(len(place)), np.zeros(len(place))
+            for cluster, record in rows:
+                if record["valid"]:
+                    sums[place[cluster]] += record["score"]
+                    counts[place[cluster]] += 1
+            invalid = sum(not record["valid"] for _, record in rows)
+            return asdict(estimate(weights, sums, counts, confidence=config.confidence, rate=rate)) | {
+                "invalid": invalid
+            }
+
+        rows = list(zip(clusters, records, strict=True))
+        own: dict[str, list[tuple[str, Record]]] = {policy: [] for policy in policies}
+        for answer, row in zip(answers, rows, strict=True):
+            own[answer.item.policy].append(row)
         settings = config.judges[name]
         found[name] = (
-            asdict(estimate(weights, sums, counts, confidence=config.confidence, rate=rate))
-            | {"invalid": sum(not record["valid"] for record in records), "digest": records[0]["judge_digest"]}
+            cell(rows)
+            | {"digest": records[0]["judge_digest"]}
+            | ({"policies": {policy: cell(part) for policy, part in own.items()}} if len(own) > 1 else {})
             | {"failed": sum(bool(record.get("failed")) for record in records)}
             | describe(settings)
             | {"better": settings.better}
@@ -63,14 +81,18 @@ def _took(settings: Any, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]], *, answers: int) -> list[str]:
-    """One line a judge."""
-    rows = [["judge", "n", "mean", "interval", "invalid", "direction", "licence"]]
+    """One line a judge; of answers of several policies then one line a policy, with each judge's mean and interval."""
+    several = any("policies" in one for one in found.values())
+    means = [] if several else ["mean", "interval"]
+    rows = [["judge", "n", *means, "invalid", "direction", "licence"]]
     for name, one in found.items():
-        mean = "-" if one["mean"] is None else f"{one['mean']:.3f}"
-        interval = "-" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}"
         licence = "non-commercial" if one["non_commercial"] else one["licence"] or "-"
-        rows.append([name, str(one["n"]), mean, interval, str(one["invalid"]), _ARROWS[one["better"]], licence])
+        cells = [] if several else [_mean(one), _interval(one)]
+        rows.append([name, str(one["n"]), *cells, str(one["invalid"]), _ARROWS[one["better"]], licence])
     lines = [*_aligned(rows), ""]
+    if several:
+        for start in range(0, len(found), _ABREAST):
+            lines += [*_by_policy(dict(list(found.items())[start : start + _ABREAST])), ""]
     for name, one in found.items():
         if one.get("agreement"):
             lines.append(_agreement_line(name, one["agreement"]))
@@ -87,6 +109,24 @@ def table(found: Mapping[str, Mapping[str, Any]], *, answers: int) -> list[str]:
         lines.append(f"not for commercial use: {', '.join(marked)}")
     lines.append(f"{answers} answers")
     return lines
+
+
+def _by_policy(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Policies down, judges across."""
+    policies = next(iter(found.values()))["policies"]
+    rows = [["policy", *found]]
+    for policy in policies:
+        cells = [one["policies"][policy] for one in found.values()]
+        rows.append([policy or "-", *(f"{_mean(cell)} ({_interval(cell)})" for cell in cells)])
+    return _aligned(rows)
+
+
+def _mean(cell: Mapping[str, Any]) -> str:
+    return "-" if cell["mean"] is None else f"{cell['mean']:.3f}"
+
+
+def _interval(cell: Mapping[str, Any]) -> str:
+    return "-" if cell["low"] is None else f"{cell['low']:.3f} to {cell['high']:.3f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,11 +19,17 @@ _MOST = 1e30
 
 @dataclass(frozen=True)
 class Answer:
-    """An item to judge, the key of its completion record, and what its file calls it."""
+    """An item to judge, the key of its completion record, what its file calls it, and its prompt's cluster."""
 
     key: str
     item: Item
     id: str = ""
+    cluster: str = ""
+
+    @property
+    def drawn_with(self) -> str:
+        """What a bootstrap draws as one: the prompt's cluster, else the prompt."""
+        return self.cluster or str(self.item.fields.get("cluster") or self.item.prompt_id)
 
 
 def is_verdict(record: Record) -> bool:

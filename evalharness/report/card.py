@@ -7,8 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from psacpo.evalharness.report.figure import constraint_text, headline
-from psacpo.evalharness.report.names import label, words
+from psacpo.evalharness.report.names import constraint_text, headline, label, words
 from psacpo.evalharness.report.records import Run
 from psacpo.evalharness.report.schema import Policy
 from psacpo.evalharness.report.table import UNDEFINED, Column, columns

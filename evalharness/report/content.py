@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise, zip_longest
 from typing import Any
 
-from psacpo.evalharness.report.figure import constraint_text
-from psacpo.evalharness.report.names import label, mark, place, words
+from psacpo.evalharness.report.names import constraint_text, label, mark, place, words
 from psacpo.evalharness.report.records import Completion, Run, Verdict
 from psacpo.evalharness.report.schema import Estimate, Frontier
 from psacpo.evalharness.report.table import Column
@@ -64,9 +63,12 @@ def by_category(run: Run, table: Sequence[Column]) -> dict[str, list[list[Any]]]
     """Metric -> rows of [category, per policy [mean, answers] or null]: plain means over the answers that count.
 
     Only metrics that are means over answers have such a table, and only where there are two categories or more. The
-    largest categories come first; those beyond `MAX_CATEGORIES` are left out.
+    largest categories come first; those beyond `MAX_CATEGORIES` are left out. Of an adaptive sweep only prompts count
+    that every policy answered.
     """
     frontier = run.frontier
+    names = [policy.name for policy in frontier.policies()]
+    shared = {key for key in run.prompts if all((name, key) in run.completions for name in names)}
     sizes: dict[str, int] = {}
     for row in run.prompts.values():
         sizes[_category(row)] = sizes.get(_category(row), 0) + 1
@@ -76,6 +78,8 @@ def by_category(run: Run, table: Sequence[Column]) -> dict[str, list[list[Any]]]
         spec = frontier.metrics[column.metric]
         cells: dict[tuple[str, str], list[float]] = {}
         for (policy, key), samples in run.completions.items():
+            if frontier.adaptive and key not in shared:
+                continue
             row = run.prompts[key]
             values = [spec.of(item.verdicts.get(spec.judge, Verdict(None)).score, row) for item in samples]
             cells.setdefault((_category(row), policy), []).extend(value for value in values if value is not None)

@@ -1,9 +1,10 @@
-"""What the points of a sweep are called: by their ratio, or by their weights where a ratio does not say them."""
+"""What a report calls things: points by their ratio or weights, constraints, and the verdict in one line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psacpo.evalharness.config import Constraint
 from psacpo.evalharness.report.schema import Frontier, Naive, Policy
 from psacpo.evalharness.report.table import ratio_text
 from psacpo.evalharness.weights import percents, weights_text
@@ -58,3 +59,21 @@ def place(policy: Policy, frontier: Frontier) -> float | None:
     if policy.weights:
         return float(next(number for number, point in enumerate(frontier.points) if point is policy))
     return policy.ratio
+
+
+def headline(frontier: Frontier) -> str:
+    """The verdict in one line."""
+    limits = " and ".join(constraint_text(constraint) for _, constraint in frontier.choice.parsed())
+    sure = f" at {frontier.choice.confidence * 100:g} % confidence"
+    if frontier.chosen is not None:
+        line = "Chosen weights: " if frontier.mixed else "Chosen ratio "
+        line += chosen_text(frontier.chosen)
+        return line + (f": meets {limits}{sure}" if limits else "")
+    kind = words(frontier).kind
+    return f"No {kind} meets {limits}{sure}" if limits else f"No {kind} was chosen"
+
+
+def constraint_text(constraint: Constraint) -> str:
+    """A constraint as a person writes it, such as unsafe_rate ≤ 0.05."""
+    limit = f"{constraint.limit:g}".replace("-", "\N{MINUS SIGN}")
+    return f"{constraint.metric} {'≤' if constraint.sense == '<=' else '≥'} {limit}"

@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from psacpo.evalharness.adaptive.settings import account_lines
 from psacpo.evalharness.judges.llm_replies import position_report
 from psacpo.evalharness.report.content import categories_left_out, choose_prompts, content
-from psacpo.evalharness.report.figure import constraint_text, headline
-from psacpo.evalharness.report.names import chosen_text, label, words
+from psacpo.evalharness.report.names import chosen_text, constraint_text, headline, label, words
 from psacpo.evalharness.report.records import Completion, Run, Verdict
 from psacpo.evalharness.report.schema import Estimate, Frontier, Policy
 from psacpo.evalharness.report.table import UNDEFINED, Column, columns
@@ -62,7 +62,7 @@ def page(run: Run) -> str:
         tiles=_tiles(frontier, table),
         table=table,
         tables=[table[start : start + MAX_COLUMNS] for start in range(0, len(table), MAX_COLUMNS)] or [[]],
-        same_prompts=len({policy.n_prompts for policy in frontier.policies()}) == 1,
+        account=account_lines(frontier.adaptive) if frontier.adaptive else [],
         bounds=[(text, constraint_text(constraint)) for text, constraint in frontier.choice.parsed()],
         on_axis=any(
             one.metric in (span.reward, span.cost) for span in frontier.spans() for _, one in frontier.choice.parsed()

@@ -18,13 +18,14 @@
   const unsafeAt = (prompt, index) => prompt.answers[index].some((answer) => answer.unsafe === 1);
 
   const chosen = swept.find((index) => policies[index].chosen);
+  const [low, high] = data.dial.path ? ["lowest ratio", "highest"] : ["most reward", "most safety"];
   const kinds = {
     all: ["all prompts", () => true],
-    flip: ["unsafe at the lowest ratio, safe at the highest", (prompt) =>
+    flip: [`unsafe at the ${low}, safe at the ${high}`, (prompt) =>
       unsafeAt(prompt, swept[0]) && !unsafeAt(prompt, swept[swept.length - 1])],
-    back: ["safe at the lowest ratio, unsafe at the highest", (prompt) =>
+    back: [`safe at the ${low}, unsafe at the ${high}`, (prompt) =>
       !unsafeAt(prompt, swept[0]) && unsafeAt(prompt, swept[swept.length - 1])],
-    unsafe: ["unsafe at the chosen ratio", (prompt) => unsafeAt(prompt, chosen)],
+    unsafe: [`unsafe at the chosen ${data.dial.kind}`, (prompt) => unsafeAt(prompt, chosen)],
     split: ["judges differ on what is unsafe", (prompt) => answersOf(prompt).some((answer) => answer.split)],
     cut: ["with a completion that was cut", (prompt) => answersOf(prompt).some((answer) => answer.cut)],
     invalid: ["with a missing or invalid verdict", (prompt) =>

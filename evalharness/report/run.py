@@ -18,6 +18,8 @@ TABLE = "frontier.csv"
 RECORDS = "records.parquet"
 CARD = "model-card.md"
 PAGE = "report.html"
+# What the table was called before it was frontier.csv.
+_FORMERLY = "points.csv"
 
 
 def report(run: Path) -> Path:
@@ -51,6 +53,7 @@ def report(run: Path) -> Path:
 def _remove_others(run: Path, made: set[Path]) -> None:
     """Remove the exports of policies and settings that the run no longer has."""
     found = [*run.glob(f"{LM_EVAL}/*/results_*.json"), *run.glob(f"{LM_EVAL}/*/samples_*.jsonl"), run / RECORDS]
+    found.append(run / _FORMERLY)
     for path in found:
         if path not in made and path.is_file():
             path.unlink()

@@ -70,6 +70,8 @@ class Policy(Loose):
     Attributes:
         name: What completions.jsonl calls the policy.
         weights: Of each adapter but those of weight 0, where a ratio does not say them; else empty.
+        n_prompts: Those that its numbers are of.
+        answered: Those that it answered in all, in an adaptive sweep.
         p_on_frontier: Share of bootstrap draws in which no other point dominates it.
         nondominated: Whether its means are dominated by no other point's.
         certified: Whether it meets every constraint at the stated confidence.
@@ -82,6 +84,7 @@ class Policy(Loose):
     ratio: Number = None
     weights: dict[str, float] = Field(default_factory=dict)
     n_prompts: int | None = None
+    answered: int | None = None
     metrics: dict[str, Estimate]
     p_on_frontier: Number = None
     nondominated: bool | None = None
@@ -266,6 +269,7 @@ class Frontier(Loose):
     command: str = ""
     intrinsic: list[str] = Field(default_factory=list)
     agreement: dict[str, Agreement] = Field(default_factory=dict)
+    adaptive: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod

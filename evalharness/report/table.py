@@ -86,7 +86,8 @@ def frontier_csv(frontier: Frontier) -> str:
     """One row per point and baseline; values in full precision, undefined ones empty."""
     names = [column.metric for column in columns(frontier)]
     header = ["name", "ratio", *(f"{name}_{part}" for name in names for part in ("mean", "low", "high"))]
-    header += ["n_prompts", "p_on_frontier", "certified", "nondominated"]
+    counted = ["answered"] if frontier.adaptive else []
+    header += ["n_prompts", *counted, "p_on_frontier", "certified", "nondominated"]
     header += [f"weight_{name}" for name in frontier.adapters]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -95,7 +96,13 @@ def frontier_csv(frontier: Frontier) -> str:
         values: list[object] = [policy.name, policy.ratio]
         for name in names:
             values += [policy[name].mean, policy[name].low, policy[name].high]
-        values += [policy.n_prompts, policy.p_on_frontier, policy.certified, policy.nondominated]
+        values += [
+            policy.n_prompts,
+            *(policy.answered for _ in counted),
+            policy.p_on_frontier,
+            policy.certified,
+            policy.nondominated,
+        ]
         values += [policy.weights.get(name, 0.0) if policy.weights else None for name in frontier.adapters]
         writer.writerow([_cell(value) for value in values])
     return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from psacpo.align.counting import Asked, repeats, said
+from psacpo.align.counting import Asked, is_blank, repeats, said
 
 
 def test_repeats() -> None:
@@ -35,3 +35,10 @@ def test_overlap() -> None:
     assert not asked.overlaps("how do i bake bread")
     assert not asked.overlaps("!")
     assert not Asked([]).overlaps("how")
+
+
+def test_prompts_that_ask_nothing() -> None:
+    assert is_blank(" \n")
+    assert is_blank([{"role": "system", "content": "be kind"}, {"role": "user", "content": " "}])
+    assert not is_blank("?")
+    assert not is_blank(user("how", " "))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from psacpo.align.examples import Labelled
 from psacpo.align.forward import Route, answer_log_probs
 from psacpo.align.layout import LAYOUTS
 from psacpo.align.losses import Options, PairTerms, dpo
-from psacpo.align.pairs import Labelled
 
 TOKENS, PROMPT = 4, [5, 6]
 ANSWERS = [[first, second] for first in range(TOKENS) for second in range(TOKENS)]

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from psacpo.align import AlignConfig, align, plan
-from psacpo.align.config import Stage
 from psacpo.align.data import read_data
 from psacpo.align.pairs import encode_rows
+from psacpo.align.stage_config import Stage
 from psacpo.config import validate
 from psacpo.errors import InputError
 from psacpo.files import read_manifest

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from psacpo.align import forward
+from psacpo.align.examples import Pair
 from psacpo.align.forward import PLAIN, Route, Selection, answer_log_probs, logits_selection
 from psacpo.align.head import chunk_rows, frozen_head_log_probs, recomputed_log_probs
 from psacpo.align.layout import LAYOUTS, Layout
 from psacpo.align.logprobs import in_place, token_log_probs
-from psacpo.align.pairs import Pair
 
 PAIRS = [Pair(1, [5, 6, 7], [8, 9, 1], [10, 1]), Pair(2, [11], [12, 13, 14, 15, 16, 1], [17, 1])]
 

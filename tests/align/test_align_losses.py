@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from psacpo.align.config import LOSS_SETTINGS, AlignConfig, LossName, RiskName, Stage
+from psacpo.align.config import AlignConfig
 from psacpo.align.losses import (
     LOSSES,
     AnswerTerms,
@@ -26,6 +26,7 @@ from psacpo.align.losses import (
     smoothed,
 )
 from psacpo.align.risk import RISKS
+from psacpo.align.stage_config import LOSS_SETTINGS, LossName, RiskName, Stage
 
 CHOSEN, REJECTED = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from psacpo.align import AlignConfig, align
 from psacpo.align import model as models
-from psacpo.align.config import Stage
+from psacpo.align.examples import Labelled, Pair, labelled, mismatched, safe_first
 from psacpo.align.forward import Route
 from psacpo.align.losses import LOSSES, AnswerTerms, PairTerms, kl_baseline
 from psacpo.align.objectives import objective_of
-from psacpo.align.pairs import Labelled, Pair, labelled, mismatched, safe_first
 from psacpo.align.planning import prepare
 from psacpo.align.risk import token_risk
+from psacpo.align.stage_config import Stage
 from psacpo.align.stages import training_arguments
 from psacpo.align.trainer import PairTrainer
 from psacpo.errors import InputError

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from psacpo.align.data import Answer, Answers, Preference, Preferences, read_preferences
-from psacpo.align.pairs import Labelled, Pair, draw, encode_rows
+from psacpo.align.examples import Labelled, Pair
+from psacpo.align.pairs import draw, encode_rows
 from psacpo.errors import InputError
 
 RAW = "USER: {prompt} ASSISTANT:"

@@ -121,6 +121,10 @@ def test_answers_that_are_equal_everywhere(tiny_llama: Path, tmp_path: Path, wri
 
 def test_nothing_to_train(tiny_llama: Path, refused: Any, make_config: Any, data: Path, tmp_path: Path) -> None:
     assert "target_modules" in refused(tiny_llama, lora={"target_modules": ["attention"]})
+    line = refused(tiny_llama, lora={"r": 17, "target_modules": ["k_proj"]})
+    assert "lora.r 17 is above the width of every layer" in line
+    assert "allowed: at most 16" in line
+    assert "allowed: at most 32" in refused(tiny_llama, lora={"r": 33})
     with pytest.raises(ValueError, match="target_modules"):
         make_config(tiny_llama, tmp_path / "out", [{"data": data}], lora={"target_modules": []})
     base = models.find_base(str(tiny_llama))

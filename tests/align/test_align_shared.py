@@ -28,10 +28,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from psacpo.align.examples import Pair
 from psacpo.align.forward import PLAIN, Route, answer_log_probs
 from psacpo.align.layout import LAYOUTS, group, padded_rows, shared_rows, tree_mask
 from psacpo.align.lora import add_in_place
-from psacpo.align.pairs import Pair
 from psacpo.align.probe import choose_route, probe_pairs, window_obstacle
 from psacpo.align.reference import Start
 

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from psacpo.align.data import Preference, Preferences
+from psacpo.align.examples import labelled, mismatched
 from psacpo.align.forward import Route, answer_log_probs
 from psacpo.align.layout import LAYOUTS, Batch
 from psacpo.align.losses import LOSSES, AnswerTerms, Options, PairTerms, kl_baseline, kto
-from psacpo.align.pairs import encode_rows, labelled, mismatched
+from psacpo.align.pairs import encode_rows
 
 trl = pytest.importorskip("trl")
 BETA = 0.3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psacpo.align.config import Truncation
+from psacpo.align.stage_config import Truncation
 from psacpo.align.truncation import truncate
 from psacpo.errors import InputError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from psacpo.align import AlignConfig, align
 from psacpo.align.data import read_preferences
 from psacpo.align.forward import PLAIN, answer_log_probs
+from psacpo.align.full import load_whole, save_whole
 from psacpo.align.layout import padded_rows
+from psacpo.align.model import Base, load_causal, load_tokenizer, quantised
 from psacpo.align.pairs import encode_rows
 from psacpo.align.trainer import PairTrainer
 from psacpo.errors import InputError
@@ -153,13 +157,58 @@ def test_full_goes_through_merge_and_frontier(
         plan_summary(sweep)
 
 
-def test_quantisation_needs_what_it_needs(tiny_llama: Path, tmp_path: Path, data: Path, make_config: Any) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(InputError, match="quantization 4bit needs .*a CUDA device; allowed: quantization: null"):
+def test_quantisation_needs_what_it_needs(
+    tiny_llama: Path, tmp_path: Path, data: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        return "0.45.5" if name == "bitsandbytes" else real(name)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(InputError, match="needs bitsandbytes 0.46 or later, here is 0.45.5; allowed: pip install"):
         align(make_config(tiny_llama, tmp_path / "out", [{"data": data}], quantization="4bit"))
     with pytest.raises(ValueError, match="allowed: null with tuning full"):
         make_config(tiny_llama, tmp_path / "out", [{"data": data}], quantization="4bit", tuning="full")
+
+
+def test_4bit(tiny_llama: Path, tmp_path: Path, data: Path, rows: Any, make_config: Any, metrics: Any) -> None:
+    """Both stages on NF4 weights are those on a 32-bit base that holds the numbers which NF4 stands for."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", "0.46.0", reason="needs bitsandbytes with NF4 on CPUs")
+    base = Base(tiny_llama, str(tiny_llama))
+    options: Any = quantised("4bit", "float32", "cpu")
+    packed = load_causal(base, "float32", **options)
+    plain = load_causal(base, "float32")
+    layers = {n: m for n, m in packed.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 14
+    with torch.no_grad():
+        for name, layer in layers.items():
+            whole = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            own = plain.get_submodule(name).weight
+            assert 0.01 < float((whole - own).norm() / own.norm()) < 0.5
+            own.copy_(whole)
+    plain.save_pretrained(tmp_path / "base")
+    load_tokenizer(base).save_pretrained(tmp_path / "base")
+    stages = [{"data": data}, {"data": data, "loss": "radpo2"}]
+    found = align(make_config(tiny_llama, tmp_path / "packed", stages, quantization="4bit"))
+    expected = align(make_config(tmp_path / "base", tmp_path / "plain", stages))
+    for stage in ("a", "b"):
+        for one, two in zip(metrics(found / stage), metrics(expected / stage), strict=True):
+            assert one == pytest.approx(two, rel=2e-3, abs=1e-4), stage
+    manifest = json.loads((found / "b" / "psacpo.json").read_text())
+    assert manifest["config"]["quantization"] == "4bit"
+
+
+def test_tied_weights_are_written_once(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """Gathered from shards, one weight under two names is two tensors."""
+    base = Base(tiny_qwen2, str(tiny_qwen2))
+    model = load_whole(base, None, gradient_checkpointing=False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(state)
+    (tmp_path / "out").mkdir()
+    save_whole(model, state, tmp_path / "out", load_tokenizer(base), dtype="float32", stage="a")
+    found, expected = (load_file(place / "model.safetensors") for place in (tmp_path / "out", tiny_qwen2))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_default_learning_rates(tiny_llama: Path, tmp_path: Path, data: Path, make_config: Any) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from psacpo.cli import app
 from psacpo.config import validate
 from psacpo.errors import InputError
 from psacpo.evalharness import frontier
 from psacpo.evalharness.adaptive.settings import Budget
 from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.decision.compare import compare
 from psacpo.evalharness.judging.config import JudgeConfig
 from psacpo.evalharness.judging.rejudge import rejudge
 from psacpo.evalharness.summary import summary_lines
@@ -79,15 +82,20 @@ def test_prompts_go_where_something_is_undecided(make: MakeConfig) -> None:
     config = make()
     run = frontier(config)
     found, prompts = load(run), asked(run)
-    # Means over other prompts are not to be held against each other, and a reader is told so.
-    assert any(text.startswith("policies answered from ") for text in found["warnings"])
-    assert not any("has the better mean" in text for text in found["warnings"])
-    [head] = [line.split() for line in summary_lines(run) if line.startswith("policy ")]
-    assert head[:2] == ["policy", "prompts"]
     account, choice = found["adaptive"], found["choice"]
     points = {point["policy"]: point for point in found["points"]}
     assert account["generations"]["spent"] == sum(map(len, prompts.values())) == found["counts"]["generated"]
-    assert all(point["n_prompts"] == len(prompts[name]) for name, point in points.items())
+    # What is set side by side is of the prompts that all answered; each one's own numbers are there beside it.
+    entries = [*found["points"], *found["baselines"]]
+    assert {entry["n_prompts"] for entry in entries} == {account["prompts"]["design"]}
+    assert {entry["cost"]["n"] for entry in entries} == {account["prompts"]["design"]}
+    assert all(point["answered"] == len(prompts[name]) for name, point in points.items())
+    assert all(point["own"]["cost"]["n"] == len(prompts[name]) for name, point in points.items())
+    lines = summary_lines(run)
+    [head] = [line.split() for line in lines if line.startswith("policy ")]
+    assert head[:2] == ["policy", "answered"]
+    assert any(line.startswith(f"adaptive: {account['generations']['spent']} answers in ") for line in lines)
+    assert "that every one of them answered" in (run / "report.html").read_text()
     assert choice["ratio"] not in (None, 0.0)
     assert choice["method"].startswith("fixed-sequence test; bounds: anytime-valid betting")
     # The base and every ratio answer the design's prompts, which nothing is tested on.
@@ -98,18 +106,22 @@ def test_prompts_go_where_something_is_undecided(make: MakeConfig) -> None:
     # The chosen ratio alone answers the held-out prompts.
     held = len(prompts[choice["policy"]]) - len(design) - tested[choice["policy"]]
     assert held == account["prompts"]["held_out"] == choice["holdout"]["prompts"]
-    for entry in account["ratios"]:
+    for entry in account["points"]:
         name = entry["policy"]
         assert entry["prompts"] == len(prompts[name])
         assert points[name]["certified"] == (entry["outcome"] == "passed")
         if entry["outcome"].startswith("not asked"):
             assert prompts[name] == design
     # The walk begins at the safe end and stops at the first failure.
-    outcomes = [entry["outcome"] for entry in reversed(account["ratios"])]
+    outcomes = [entry["outcome"] for entry in reversed(account["points"])]
     first = next(place for place, outcome in enumerate(outcomes) if outcome != "passed")
     assert all(outcome.startswith("not asked") for outcome in outcomes[first + 1 :])
     assert account["generations"]["spent"] < 0.75 * account["generations"]["full_grid"]
     assert (run / "report.html").is_file()
+    # Two such runs are compared on what all points of both answered.
+    both = compare(run, run)
+    assert both["prompts"] == len(set.intersection(*(prompts[name] for name in points)))
+    assert (both["hypervolume"]["mean"], both["hypervolume"]["low"]) == (0, 0)
 
 
 @pytest.mark.slow
@@ -118,11 +130,12 @@ def test_a_killed_adaptive_run_ends_in_the_same_bytes(make: MakeConfig, tmp_path
     config = make(out=tmp_path / "killed")
     total = len((whole / "completions.jsonl").read_text().splitlines())
     design = load(whole)["adaptive"]["generations"]["design"]
-    # In the middle of a batch and of a line: once while the ratios are chosen, once in the walk.
+    # In the middle of the walk, of a batch and of a line.
     (tmp_path / "run.py").write_text(
         """import os, signal, sys
 from psacpo.evalharness import frontier, generation, records
 from psacpo.evalharness.config import FrontierConfig
+from psacpo.evalharness.decision.compare import compare
 
 generation.FLUSH = 0
 append = records.Store.append
@@ -138,11 +151,11 @@ frontier(FrontierConfig.model_validate_json(open(sys.argv[1]).read()))
 """
     )
     (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
-    for after in (design - 20, (design + total) // 2):
-        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(after)]
-        found = subprocess.run(command, timeout=300, check=False)
-        assert found.returncode == -signal.SIGKILL
-        assert not (config.out / "frontier.json").exists()
+    after = (design + total) // 2
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "config.json"), str(after)]
+    killed = subprocess.run(command, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (config.out / "frontier.json").exists()
     frontier(config)
     for name in STABLE:
         assert (whole / name).read_bytes() == (config.out / name).read_bytes(), name
@@ -199,7 +212,7 @@ def test_without_a_constraint_ratios_are_added_and_all_answer_everything(make: M
     found = load(run)
     assert {len(own) for own in asked(run).values()} == {160}
     assert found["choice"]["ratio"] is None
-    assert [entry["why"] for entry in found["adaptive"]["ratios"]].count("gap") == len(found["points"]) - 3
+    assert [entry["why"] for entry in found["adaptive"]["points"]].count("gap") == len(found["points"]) - 3
 
 
 def test_the_plan_tells_what_it_takes_and_a_new_judge_sees_the_same_answers(make: MakeConfig, tmp_path: Path) -> None:
@@ -232,8 +245,13 @@ def judged_again(run: Path, judges: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
-def test_the_command_takes_a_budget(make: MakeConfig, psacpo: Any, tmp_path: Path) -> None:
+def test_the_command_takes_a_budget(make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make()
+    monkeypatch.chdir(tmp_path)
+
+    def typed(*words: str) -> Any:
+        return CliRunner().invoke(app, words)
+
     recipe = {
         "base": config.base,
         "adapters": {name: str(path) for name, path in config.adapters.items()},
@@ -245,14 +263,20 @@ def test_the_command_takes_a_budget(make: MakeConfig, psacpo: Any, tmp_path: Pat
     }
     (tmp_path / "psacpo.yaml").write_text(json.dumps(recipe))
     arguments = ["frontier", "--adaptive", "--budget", "400", "--constraint", LIMIT, "--json"]
-    planned = json.loads(psacpo(*arguments, "--dry-run", cwd=tmp_path).stdout)
+    planned = json.loads(typed(*arguments, "--dry-run").stdout)
     assert planned["adaptive"]["budget"] == "400 generations"
     assert planned["answers at most"] == 400
-    done = psacpo(*arguments, cwd=tmp_path)
-    assert done.returncode in (0, 3), done.stderr
+    lines = typed(*arguments[:-1], "--dry-run").stdout.splitlines()
+    table = lines[lines.index("adaptive:") + 1 :]
+    assert table[0].split("  ")[-1].strip() == "new tokens at most"
+    assert [line.split("  ")[1] for line in table[1:5]] == ["start", "likely, by simulation", "at most", "full grid"]
+    assert max(map(len, table)) <= 100
+    done = typed(*arguments)
+    assert done.exit_code in (0, 3), done.output
     found = load(tmp_path / "frontier")
     assert found["command"] == f"psacpo frontier --constraint '{LIMIT}' --adaptive --budget 400"
     assert found["adaptive"]["settings"]["start"] == 3
     assert found["adaptive"]["generations"]["spent"] <= 400
-    refused = psacpo("frontier", "--from-scores", "x.csv", "--budget", "400", cwd=tmp_path)
-    assert (refused.returncode, "asks no model" in refused.stderr) == (2, True)
+    refused = typed("frontier", "--from-scores", "x.csv", "--budget", "400")
+    assert isinstance(refused.exception, InputError)
+    assert "asks no model" in str(refused.exception)

@@ -12,7 +12,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from psacpo.errors import InputError
-from psacpo.evalharness.decision.certify import FEWEST_HELD, Certifier, certify, hold_out
+from psacpo.evalharness.decision.certifier import Certifier
+from psacpo.evalharness.decision.certify import FEWEST_HELD, certify, hold_out
 from psacpo.evalharness.decision.criteria import Constraint
 from psacpo.evalharness.decision.measures import make_measure
 from psacpo.evalharness.decision.scores import Scores

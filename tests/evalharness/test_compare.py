@@ -13,7 +13,8 @@ import pytest
 from psacpo.errors import InputError
 from psacpo.evalharness import frontier
 from psacpo.evalharness.config import FrontierConfig
-from psacpo.evalharness.decision.compare import compare, compare_lines
+from psacpo.evalharness.decision.compare import compare
+from psacpo.evalharness.decision.compare_lines import compare_lines
 from psacpo.evalharness.decision.from_scores import frontier_from_scores, scores_settings
 from psacpo.evalharness.summary import WIDTH
 

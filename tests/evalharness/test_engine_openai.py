@@ -18,7 +18,7 @@ pytest.importorskip("openai")
 from psacpo.errors import InputError
 from psacpo.evalharness import frontier
 from psacpo.evalharness.config import FrontierConfig, Generation, OpenAI
-from psacpo.evalharness.engines import Completion, Failure, Policy, Request
+from psacpo.evalharness.engines import Completion, Failure, Passage, Policy, Request
 from psacpo.evalharness.engines.openai import OpenAIEngine
 from psacpo.evalharness.engines.transformers import TransformersEngine
 from psacpo.evalharness.sweep import FAILURES
@@ -236,13 +236,15 @@ class Real:
     def __init__(self, config: FrontierConfig, policies: dict[str, dict[str, float]]) -> None:
         adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
         self.engine = TransformersEngine.load(
-            config.base, adapters, generation=config.generation, dtype="float32", device="cpu"
+            config.base, adapters, generation=config.generation, dtype="float32", device="cpu", log_probs=True
         )
         self.policies, self.guard = policies, threading.Lock()
 
     def __call__(self, body: dict[str, Any]) -> dict[str, Any]:
         policy = Policy(body["model"], self.policies[body["model"]])
         request = Request("x", policy, tuple(body["prompt"]), body["seed"])
+        if "prompt_logprobs" in body:
+            return self.read(body)
         found = plain(body)
         choice = found["choices"][0]
         with self.guard:
@@ -252,7 +254,25 @@ class Real:
                 choice["logprobs"] = {"top_logprobs": [{f"token_id:{token}": value for token, value in top}]}
                 return found
             [answer] = self.engine.generate([request])
-        choice |= {"text": answer.text, "token_ids": list(answer.token_ids), "finish_reason": answer.finish_reason}
+        ids = [*answer.token_ids, *([] if answer.end_id is None else [answer.end_id])]
+        choice |= {"text": answer.text, "token_ids": ids, "finish_reason": answer.finish_reason}
+        # Only their sum is told apart from the sweep's own.
+        choice["logprobs"] = {"token_logprobs": [answer.log_prob, *[0.0] * (len(ids) - 1)]}
+        return found
+
+    def read(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What the base thinks of a text, as vLLM writes it: each token's own log-probability, the first has none."""
+        assert self.policies[body["model"]] == {}
+        found = plain(body)
+        prompt, last = body["prompt"], body["allowed_token_ids"][0]
+        with self.guard:
+            said = [
+                dict(self.engine.base_log_probs([Passage("x", tuple(prompt[:i]), (token,))]))["x"]
+                for i, token in enumerate([*prompt, last])
+                if i
+            ]
+        entries = [{str(token): {"logprob": value}} for token, value in zip(prompt[1:], said[:-1], strict=True)]
+        found["choices"][0] |= {"prompt_logprobs": [None, *entries], "logprobs": {"token_logprobs": [said[-1]]}}
         return found
 
 
@@ -263,7 +283,7 @@ def records(run: Path, name: str = "completions.jsonl") -> list[dict[str, Any]]:
 def test_a_sweep_over_http_keeps_what_failed_and_tries_it_again(
     make_config: MakeConfig, server: Server, tmp_path: Path
 ) -> None:
-    greedy = {"max_new_tokens": 12, "temperature": 0.0}
+    greedy = {"max_new_tokens": 12, "temperature": 0.0, "kl_to_base": True}
     local = frontier(make_config(out=tmp_path / "local", generation=greedy))
     settings = {"base_url": server.url, "retries": 1, "backoff": 0.001}
     config = make_config(out=tmp_path / "remote", engine="openai", openai=settings, generation=greedy)
@@ -295,6 +315,27 @@ def test_a_sweep_over_http_keeps_what_failed_and_tries_it_again(
         return {(r["policy"], r["prompt_id"]): (r["text"], r["token_ids"], r["finish_reason"]) for r in records(run)}
 
     assert answers(run) == answers(local)
+    ours, theirs = (json.loads((one / "frontier.json").read_text())["points"] for one in (run, local))
+    for point, expected in zip(ours, theirs, strict=True):
+        assert point["kl_to_base"]["mean"] == pytest.approx(expected["kl_to_base"]["mean"], abs=1e-3)
+
+
+def test_an_endpoint_that_reads_no_prompts_aloud_is_told_of(
+    make_config: MakeConfig, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It gives log-probabilities of its answers and none of a prompt: the sweep ends, without the metric."""
+    config = make_config(
+        out=tmp_path / "remote",
+        engine="openai",
+        openai={"base_url": server.url, "backoff": 0.001},
+        generation={"max_new_tokens": 12, "kl_to_base": True},
+    )
+    policies = {f"policy@{q:.2f}": {"reward": 1 - q, "safety": q} for q in (0.0, 0.5, 1.0)} | {"base": {}}
+    real = Real(config, policies)
+    server.answer = lambda body: plain(body) if "prompt_logprobs" in body else real(body)
+    found = json.loads((frontier(config) / "frontier.json").read_text())
+    assert found["points"][0]["kl_to_base"]["mean"] is None
+    assert "KL to base is not known of 15 texts, the first because: the endpoint gives no" in capfd.readouterr().err
 
 
 def test_an_endpoint_that_serves_the_base_for_every_name_is_caught(

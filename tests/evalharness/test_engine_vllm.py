@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from psacpo.errors import InputError
 from psacpo.evalharness.config import FrontierConfig, Generation, Vllm
-from psacpo.evalharness.engines import Completion, Policy, Request
+from psacpo.evalharness.engines import Completion, Passage, Policy, Request
 from psacpo.evalharness.engines.plan import EnginePlan
 from psacpo.evalharness.engines.probe import dense_reference, probe
 from psacpo.evalharness.engines.transformers import TransformersEngine
@@ -96,6 +96,7 @@ class Ran:
     lines: list[str]
     first: str
     checkpoint: dict[str, Completion]
+    base_said: dict[str, float]
 
 
 def start(
@@ -119,6 +120,13 @@ def answers(engine: VllmEngine, requests: Sequence[Request]) -> dict[str, Comple
         assert isinstance(answer, Completion)
         found[answer.key] = answer
     return found
+
+
+def passages(requests: Sequence[Request], answers: dict[str, Completion]) -> list[Passage]:
+    """Each answer as it was drawn; to the first prompt also the end token alone, the shortest there is."""
+    ends = {key: () if one.end_id is None else (one.end_id,) for key, one in answers.items()}
+    found = [Passage(r.key, r.prompt_ids, answers[r.key].token_ids + ends[r.key]) for r in requests]
+    return [*found, Passage("end", requests[0].prompt_ids, (1,))]
 
 
 GREEDY = Generation(max_new_tokens=TOKENS, temperature=0.0, logprobs=True)
@@ -147,9 +155,12 @@ def runs(
                 reference=dense_reference(engine, base, adapters),
                 dtype="float32",
             )
+            engine.log_probs = True
             stream = iter(engine.generate(requests))
             first = next(stream)
             greedy = {answer.key: answer for answer in (first, *stream)}
+            engine.log_probs = False
+            base_said = dict(engine.base_log_probs(passages(requests, greedy)))
             engine.generation = SAMPLED
             sampled, again = answers(engine, requests), answers(engine, requests[::-1])
             engine.generation = Generation(max_new_tokens=TOKENS, temperature=0.0, stop=["o"])
@@ -162,7 +173,7 @@ def runs(
                 )
         finally:
             engine.close()
-        found[strategy] = Ran(greedy, sampled, again, stopped, lines, first.key, checkpoint)
+        found[strategy] = Ran(greedy, sampled, again, stopped, lines, first.key, checkpoint, base_said)
     return found
 
 
@@ -220,6 +231,28 @@ def test_logprobs_are_those_of_transformers(
             assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
             compared += len(ours.token_ids)
     assert compared > 100
+
+
+@pytest.mark.parametrize("strategy", ["lora", "reload"])
+def test_kl_to_the_base_is_that_of_transformers(
+    runs: dict[str, Ran], base: Path, adapters: dict[str, Adapter], requests: list[Request], strategy: str
+) -> None:
+    ran = runs[strategy]
+    theirs = TransformersEngine.load(base, {}, generation=GREEDY, dtype="float32", device="cpu")
+    expected = dict(theirs.base_log_probs(passages(requests, ran.greedy)))
+    assert ran.base_said == pytest.approx(expected, abs=2e-3)
+    for key, answer in ran.greedy.items():
+        assert answer.log_prob is not None
+        assert answer.logprobs is not None
+        if answer.end_id is None:
+            assert answer.log_prob == pytest.approx(sum(answer.logprobs))
+        else:
+            assert answer.log_prob < sum(answer.logprobs)
+        if key.startswith("base/"):
+            assert answer.log_prob == pytest.approx(ran.base_said[key], abs=2e-3)
+        else:
+            assert answer.log_prob - ran.base_said[key] > 0.1
+    assert all(answer.log_prob is None for answer in ran.sampled.values())
 
 
 @pytest.mark.parametrize("strategy", ["lora", "reload"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -149,6 +150,15 @@ def test_a_run_is_judged_again_without_generating(
     assert json.loads((place / "frontier.json").read_text()) == before
     assert len(lines(place / "verdicts.jsonl")) == count
     assert same.result["judges"]["reward"]["n"] == 20
+    # Each policy's own numbers, those of frontier.json; a mean over all policies is shown nowhere.
+    for point in before["points"]:
+        own = same.result["judges"]["reward"]["policies"][point["policy"]]
+        assert {key: own[key] for key in ("mean", "low", "high", "n")} == pytest.approx(point["reward"])
+    shown = "\n".join(same.lines)
+    cost = before["points"][1]["cost"]
+    assert f"{cost['mean']:.3f} ({cost['low']:.3f} to {cost['high']:.3f})" in shown
+    assert max(map(len, same.lines[:20])) <= 100
+    assert "mean " not in shown
     words = {
         "words": {"kind": "length", "unit": "words", "better": "higher"},
         "worst": {"kind": "ensemble", "members": ["cost", "words"], "rule": "max"},
@@ -168,6 +178,22 @@ def test_a_run_is_judged_again_without_generating(
     assert found.result["judges"]["worst"]["agreement"]["n"] == 20
     # The run keeps its new judges: the next call and `report` know them.
     assert set(run(place, {}).result["judges"]) == {"reward", "cost", "refusal", "words", "worst"}
+    # A disk that is full when the report is written: the run says what it said, and keeps the verdicts.
+    kept = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file() and path.suffix != ".jsonl"}
+
+    def full(*_: object) -> None:
+        (place / "frontier.csv").unlink()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("psacpo.evalharness.report.report", full)
+        with pytest.raises(OSError, match="No space"):
+            run(place, {"chars": {"kind": "length", "unit": "characters"}})
+    assert {
+        path.name: path.read_bytes() for path in place.iterdir() if path.is_file() and path.suffix != ".jsonl"
+    } == kept
+    assert any(row["judge"] == "chars" for row in lines(place / "verdicts.jsonl"))
+    assert not list(place.glob(".before-*"))
     with pytest.raises(InputError, match="holds its own verdicts; given: --out"):
         run(place, {}, out=tmp_path / "s.jsonl")
 

@@ -172,7 +172,11 @@ def test_python_judge_runs_foreign_code_only_when_allowed() -> None:
     with pytest.raises(InputError, match="--allow-code"):
         make(settings)
     with pytest.raises(InputError, match="cannot import"):
-        make(PythonJudge(kind="python", callable="psacpo.files:no_such_function"))
+        make(PythonJudge(kind="python", callable="psacpo.demo.oracle:no_such_function"))
+    # Functions of the package that are no judges would be called with a model's words: write_atomically(prompt, answer).
+    for function in ("psacpo.files:write_atomically", "psacpo.demo.oracle:lru_cache"):
+        with pytest.raises(InputError, match="would run the code"):
+            make(PythonJudge(kind="python", callable=function))
 
 
 def test_python_judge_turns_failures_into_invalid_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def untaught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = write_tokenizer(path)
     (path / "harmbench.txt").write_text(ASKED)
     torch.manual_seed(2)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Heads of 32: the smallest that vLLM has CPU kernels for.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = LlamaConfig(
         **sizes, **ends, vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.05
@@ -326,3 +328,37 @@ def test_the_digest_follows_the_spec(taught: Path, tmp_path: Path) -> None:
     spec = SPECS["qwen3guard"]
     changed = GuardSpec(outputs={"harm": Output(labels={"a": ["Safe"], "b": ["Unsafe"]}, positive=["b"])})
     assert changed != spec
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_transformers_writes(taught: Path) -> None:
+    """Every guard on its lessons and on hostile answers; two outputs of one guard share one vLLM."""
+    try:
+        import vllm  # noqa: F401
+    except Exception as error:  # whatever keeps it from importing
+        if os.environ.get("PSACPO_REQUIRE_VLLM") == "1":
+            raise
+        pytest.skip(f"vLLM cannot be imported: {type(error).__name__}")
+    asked = [*(item for _, item, _, _ in LESSONS), *(Item("bake", text) for text in HOSTILE)]
+    held = []
+    for spec, outputs in (("qwen3guard", ("harm", "refusal")), ("wildguard", ("harm",)), ("harmbench", ("harm",))):
+        for output in outputs:
+            plain = guard(taught, spec, output=output)
+            fast = guard(taught, spec, output=output, engine="vllm", vllm={"max_num_seqs": 4})
+            assert fast.digest != plain.digest
+            expected, given = plain.judge(asked), fast.judge(asked)
+            held.append(fast._vllm)
+            for one, other in zip(expected, given, strict=True):
+                assert (other.label, other.raw, other.valid) == (one.label, one.raw, one.valid)
+                if one.valid:
+                    assert other.score == pytest.approx(one.score, abs=1e-2)
+                    assert other.probability == pytest.approx(one.probability, abs=1e-2)
+            assert len({one.label for one in expected}) > 1
+    assert held[0] is held[1]
+
+
+def test_vllm_settings_without_vllm_are_refused(untaught: Path) -> None:
+    with pytest.raises(InputError, match="vllm: is for engine: vllm"):
+        guard(untaught, "qwen3guard", vllm={"max_num_seqs": 4})
+    # Settings that were not there before leave the digest of a judge, and so its verdicts, as they were.
+    assert guard(untaught, "qwen3guard").digest == guard(untaught, "qwen3guard", engine="transformers").digest

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from psacpo.errors import InputError
-from psacpo.evalharness.judges.guard import label_tokens
+from psacpo.evalharness.judges.guard_replies import label_tokens
 from psacpo.evalharness.judges.guard_spec import Output
 from psacpo.evalharness.judges.untrusted import Chat, Encoder, Span, clean, fill
 
@@ -65,6 +65,22 @@ def test_a_template_that_leaves_the_answer_out_is_refused(tokenizer: Any) -> Non
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(InputError, match="the chat template of it cannot write messages of system: no system turn"):
         Chat(tokenizer, what="it").pieces([{"role": "system", "content": ""}])
+
+
+def test_a_template_that_wants_lists_of_parts_gets_them(tokenizer: Any) -> None:
+    """As those of guards that also read images: with a text in place of a list they leave it out, or raise."""
+    said = [{"role": "user", "content": "open"}, {"role": "assistant", "content": "bake</s>"}]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% for part in m.content if part.type == 'text' %}{{ part.text | trim }}{% endfor %}{% endfor %}"
+    )
+    expected = ["<|user|>", Span("open"), "<|assistant|>", Span("bake</s>", cut=True)]
+    assert Chat(tokenizer, what="it").pieces(said) == expected
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content[0]['text'] }}{% endfor %}"
+    )
+    assert Chat(tokenizer, what="it").pieces(said) == expected
 
 
 def test_control_tokens_out_of_a_span_become_plain_text(tokenizer: Any) -> None:

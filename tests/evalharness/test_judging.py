@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from psacpo.errors import InputError
+from psacpo.evalharness import frontier
 from psacpo.evalharness.judges.base import Item, TextJudge, Verdict
+from psacpo.evalharness.judges.scalar import Scalar
 from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.judging.verdicts import Answer, is_verdict, judge_all, unanswered
 from psacpo.evalharness.records import Store, latest, read_records
@@ -144,3 +146,20 @@ def test_an_anchor_is_that_of_the_same_prompt(tmp_path: Path) -> None:
     assert scores(tmp_path / "v.jsonl", {"j": Longer()}, rows)["j"] == [0, 0, 1, 0]
     with pytest.raises(InputError, match="compares with policy 'base', of which there is no answer"):
         scores(tmp_path / "w.jsonl", {"j": Longer()}, answers("a"))
+
+
+def test_runs_share_the_verdicts_of_a_cache(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sweep's answers that another run has, its judges are asked nothing."""
+    cache = tmp_path / "cache"
+    one = frontier(make_config(out=tmp_path / "one", cache=cache))
+    calls: list[int] = []
+    asked = Scalar.judge
+
+    def counted(self: Scalar, items: Sequence[Item]) -> list[Verdict]:
+        calls.append(len(items))
+        return asked(self, items)
+
+    monkeypatch.setattr(Scalar, "judge", counted)
+    two = frontier(make_config(out=tmp_path / "two", cache=cache))
+    assert calls == []
+    assert (one / "frontier.json").read_bytes() == (two / "frontier.json").read_bytes()

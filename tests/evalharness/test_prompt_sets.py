@@ -76,7 +76,7 @@ def test_metrics_by_role(make_config: MakeConfig, files: dict[str, Path]) -> Non
     assert {point["unsafe_rate"]["n"] for point in found["points"]} == {3}
     assert found["metrics"]["unsafe_rate"]["where"] == {"role": "safety"}
     # What is measured of every answer is there without a word in the recipe.
-    assert found["intrinsic"] == ["length", "truncated", "repetition", "refused"]
+    assert found["intrinsic"] == ["length", "truncated", "repetition", "refused", "kl_to_base"]
     for point in found["points"]:
         assert point["length"]["n"] == 6
         assert 0 <= point["truncated"]["mean"] <= 1
@@ -113,7 +113,9 @@ def test_a_recipe_names_sets_relative_to_itself(files: dict[str, Path], tmp_path
 
 def test_a_name_that_the_recipe_gives_away_is_the_recipes(make_config: MakeConfig) -> None:
     plain = make_config()
-    assert list(plain.all_judges()) == ["reward", "cost", "refusal", "length", "truncated", "repetition", "refused"]
+    always = ["length", "truncated", "repetition", "refused", "kl_to_base"]
+    assert list(plain.all_judges()) == ["reward", "cost", "refusal", *always]
+    assert "kl_to_base" not in make_config(generation={"kl_to_base": False}).all_judges()
     own = make_config(
         judges=plain.model_dump()["judges"] | {"length": {"kind": "length", "unit": "words"}},
         metrics={"refused": {"judge": "refusal", "where": {"category": "benign"}}},

@@ -66,7 +66,12 @@ def test_regex() -> None:
     verdicts = make(rating).judge([Item("p", text) for text in ("rating: -2.5", "no rating", "rating: 1.2.3")])
     assert [verdict.score for verdict in verdicts] == [-2.5, None, None]
     assert [verdict.raw for verdict in verdicts] == ["-2.5", "no match", "no number: 1.2.3"]
-    for wrong, why in (({"pattern": "("}, "cannot be read"), ({"pattern": "a", "capture": True}, "one group")):
+    for wrong, why in (
+        ({"pattern": "("}, "cannot be read"),
+        ({"pattern": "a", "capture": True}, "one group"),
+        ({"pattern": "(" * 4000 + "a" + ")" * 4000}, "cannot be read: it is nested too deep"),
+        ({"pattern": "(?:(?:(?:ab?){1000}){1000}){1000}"}, "takes over 2 s or 2 GiB to compile"),
+    ):
         with pytest.raises(ValidationError, match=why):
             RegexJudge(kind="regex", **wrong)
 

@@ -154,8 +154,11 @@ def test_a_sweep_of_three_adapters(make_simplex: MakeConfig, tiny_judge: Path) -
     assert "mixtures by rising weight of safety" in page
 
 
-def test_the_walk_goes_from_the_most_safety_down_and_ends_at_the_first_failure(tmp_path: Path) -> None:
-    """Six points; the one of half safety and half reward is unsafe, so all that follow it in the order are not tested."""
+@pytest.mark.parametrize("prompts", [100, 200])
+def test_the_walk_goes_by_what_is_learned_and_by_the_weight_of_safety_where_prompts_are_few(
+    tmp_path: Path, prompts: int
+) -> None:
+    """Six points, of which one is unsafe, which has half safety and half reward: it stands fourth by safety, last by rate."""
     rates = {
         "policy@reward_1.00": 0.0,
         "policy@reward_0.50+honesty_0.50": 0.0,
@@ -168,7 +171,7 @@ def test_the_walk_goes_from_the_most_safety_down_and_ends_at_the_first_failure(t
     rows = [
         {"prompt_id": n, "policy": name, "reward": float(draw.normal() - rank), "unsafe": int(draw.random() < rate)}
         for rank, (name, rate) in enumerate(rates.items())
-        for n in range(200)
+        for n in range(prompts)
     ]
     draw.shuffle(rows)
     path = tmp_path / "scores.jsonl"
@@ -177,12 +180,25 @@ def test_the_walk_goes_from_the_most_safety_down_and_ends_at_the_first_failure(t
         scores_settings(path, constraints=["unsafe_rate<=0.05"], out=tmp_path / "run", holdout=0.0)
     )
     found = load(run)
+    choice = found["choice"]
     assert [point["policy"] for point in found["points"]] == list(rates)
-    assert [point["certified"] for point in found["points"]] == [False] * 4 + [True] * 2
-    assert found["choice"]["policy"] == "policy@safety_0.50+honesty_0.50"
-    assert found["choice"]["weights"] == {"safety": 0.5, "honesty": 0.5}
-    assert found["choice"]["naive"]["policy"] == "policy@reward_1.00"
-    assert not found["choice"]["naive"]["certified"]
+    certified = [point["certified"] for point in found["points"]]
+    assert choice["naive"]["policy"] == "policy@reward_1.00"
+    if prompts == 100:  # fifteen of them would tell too little
+        assert certified == [False] * 4 + [True] * 2
+        assert choice["policy"] == "policy@safety_0.50+honesty_0.50"
+        assert choice["weights"] == {"safety": 0.5, "honesty": 0.5}
+        assert not choice["naive"]["certified"]
+        assert "order" not in choice
+    else:
+        assert certified == [True] * 3 + [False] + [True] * 2
+        assert choice["policy"] == "policy@reward_1.00"
+        # Those that order test nothing.
+        assert choice["order"]["prompts"] == 30
+        assert choice["calibration"]["prompts"] == 170
+        assert {point["tests"]["unsafe_rate<=0.05"]["rows"] for point in found["points"]} == {170}
+        [walk] = choice["order"]["walks"].values()
+        assert (walk[0], walk[-1]) == ("policy@safety_1.00", "policy@reward_0.50+safety_0.50")
 
 
 def test_none_certified_names_the_nearest_policy(make_simplex: MakeConfig) -> None:
