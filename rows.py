@@ -18,8 +18,12 @@ _TEXTS = ("prompt", "chosen", "rejected", "completion", "response", "response_0"
 _FILES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
-def read_rows(source: str | Path) -> list[Row]:
+def read_rows(source: str | Path, *, any_text: bool = False) -> list[Row]:
     """All rows of a file, a `datasets` directory, or a hub dataset `id` or `id:split` (split `train` by default).
+
+    Args:
+        source: Which.
+        any_text: Whether a JSON text may hold halves of surrogate pairs, as what a model wrote may.
 
     Raises:
         InputError: There is no such source, it cannot be read, or it holds no row. A bad line is named by its number.
@@ -29,7 +33,7 @@ def read_rows(source: str | Path) -> list[Row]:
         if path.is_dir():
             rows = _from_directory(path)
         elif path.is_file():
-            rows = _from_file(path)
+            rows = _from_file(path, any_text)
         else:
             rows = _from_hub(str(source))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -49,7 +53,7 @@ def require_columns(rows: Iterable[Mapping[str, Any]], names: Iterable[str], *, 
                 raise InputError(f"{source} row {number}: {error}")
 
 
-def _from_file(path: Path) -> list[Row]:
+def _from_file(path: Path, any_text: bool) -> list[Row]:
     name = path.name.lower()
     if not name.endswith(_FILES):
         raise InputError(
@@ -60,17 +64,17 @@ def _from_file(path: Path) -> list[Row]:
     blob = path.read_bytes()
     text = (gzip.decompress(blob) if name.endswith(".gz") else blob).decode("utf-8-sig")
     if name.endswith((".json", ".json.gz")):
-        return _from_json(path, text)
+        return _from_json(path, text, any_text)
     # Only a line feed ends a JSON line; str.splitlines would also cut at U+2028, which JSON strings may hold.
     lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    return [_object(_parse(line, f"{path} line {number}"), f"{path} line {number}") for number, line in lines]
+    return [_object(_parse(line, f"{path} line {number}"), f"{path} line {number}", any_text) for number, line in lines]
 
 
-def _from_json(path: Path, text: str) -> list[Row]:
+def _from_json(path: Path, text: str, any_text: bool) -> list[Row]:
     loaded = _parse(text, str(path))
     if not isinstance(loaded, list):
         raise InputError(f"{path} is not a JSON array of objects", given=type(loaded).__name__)
-    return [_object(item, f"{path} row {number}") for number, item in enumerate(loaded, start=1)]
+    return [_object(item, f"{path} row {number}", any_text) for number, item in enumerate(loaded, start=1)]
 
 
 def _parse(text: str, where: str) -> object:
@@ -80,9 +84,9 @@ def _parse(text: str, where: str) -> object:
         raise InputError(f"{where} is not JSON: {error}") from error
 
 
-def _object(value: object, where: str) -> Row:
+def _object(value: object, where: str, any_text: bool) -> Row:
     try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass" if any_text else "strict")
     except UnicodeEncodeError as error:
         raise InputError(f"{where} holds half a surrogate pair, which is no text") from error
     if not isinstance(value, dict):

@@ -80,3 +80,8 @@ def test_missing_columns_name_the_nearest() -> None:
         InputError, match="x.jsonl row 2: unknown column 'prompt', did you mean 'promt'.; allowed: promt"
     ):
         require_columns([{"prompt": 1}, {"promt": 2}], ["prompt"], source="x.jsonl")
+
+
+def test_what_a_model_wrote_may_be_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": "\\ud800"}\n')
+    assert read_rows(tmp_path / "x.jsonl", any_text=True) == [{"a": "\ud800"}]

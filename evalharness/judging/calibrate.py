@@ -61,7 +61,7 @@ def read_gold(path: Path, answers: Sequence[Answer]) -> dict[int, float]:
 
     Labels are 0 and 1, true and false, or people's scores on any scale.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, any_text=True)
     column = next((name for name in _LABELS if name in rows[0]), None)
     if column is None:
         raise InputError(f"{path} row 1: {unknown_name('column', 'label', rows[0])}")

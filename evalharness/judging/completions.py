@@ -28,7 +28,7 @@ def read_completions(path: Path) -> list[Answer]:
     Raises:
         InputError: A row lacks a prompt or completion, or stands for the same answer as another.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, any_text=True)
     require_columns(rows, ["prompt", "completion"], source=path)
     answers = [_answer(without_nan(row), number, path) for number, row in enumerate(rows, start=1)]
     seen: dict[tuple[str, str, int], int] = {}

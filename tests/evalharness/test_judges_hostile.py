@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,15 @@ def test_hostile_completions_pass(name: str, tmp_path: Path, tiny_judge: Path, t
             if key != "megabyte" or "too_long" in one:
                 ids = encode(Item("open the lock", text))
                 assert [token for token in ids if token in special] == plain, key
+
+
+def test_the_command_takes_them_from_a_file(psacpo: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [{"id": name, "prompt": text, "completion": text} for name, text in HOSTILE.items()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = psacpo("judge", "rows.jsonl", "--judge", "refusal", "--out", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[2J" not in done.stdout + done.stderr
+    found = [
+        json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().decode("utf-8", "surrogatepass").splitlines()
+    ]
+    assert [row["id"] for row in found] == list(HOSTILE)
