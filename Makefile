@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 VLLM_READY := $(VLLM)/.ready
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 VLLM_INSTALL := $(VLLM_PIP) install --quiet --constraint constraints-vllm.txt
-VLLM_TESTS := tests/serve tests/evalharness/test_engine_vllm.py
+VLLM_TESTS := tests/serve $(addprefix tests/evalharness/test_, engine_vllm.py adaptive_vllm.py judges_vllm.py judges_guard.py)
 
 .PHONY: demo test test-slow test-vllm test-all vllm lint types docs bench clean venv
 

@@ -340,7 +340,8 @@ def frontier(
         typer.Option("--holdout", metavar="SHARE", help="Clusters kept out of choosing the ratio; default 0.2."),
     ] = None,
     adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Add ratios, or weights, where they decide something; ask no more than that.")
+        bool,
+        typer.Option("--adaptive", help="Add ratios, or weights, where they decide something; ask no more than that."),
     ] = False,
     budget: Annotated[
         str | None,

@@ -80,7 +80,7 @@ class Answering:
     def __init__(self, config: FrontierConfig, plan: Plan, *, more: bool = False) -> None:
         self.config, self.plan, self.more = config, plan, more
         self._store = Store(config.out / COMPLETIONS, is_completion)
-        self._base = BaseLogProbs(config.out) if config.measures_kl() else None
+        self._base = BaseLogProbs(config.out, quiet=more) if config.measures_kl() else None
         self._engine: Engine | None = None
         self._reference: Any = None
         self._probed: set[str] = set()

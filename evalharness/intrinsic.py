@@ -1,7 +1,7 @@
 """What is measured of every answer whatever the judges are: its length, whether it was cut, repeats, refuses.
 
-All but the last are rules that cost nothing; how far an answer is from the base is one forward pass of the base. Each is a metric of frontier.json under its name here; a judge or metric of the same
-name in the recipe stands in its place.
+All but the last are rules that cost nothing; how far an answer is from the base is one forward pass of the base. Each is a
+metric of frontier.json under its name here; a judge or metric of the same name in the recipe stands in its place.
 """
 
 from __future__ import annotations

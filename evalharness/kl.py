@@ -62,10 +62,14 @@ class BaseLogProbs:
     """What the base thinks of a run's answers, in base_log_probs.jsonl; use as a context manager.
 
     A record's key is the digest of the completion's key and tokens: an answer that was made anew is asked about anew.
+
+    Args:
+        run: The run's directory.
+        quiet: Say nothing of what went well: it comes round after round.
     """
 
-    def __init__(self, run: Path) -> None:
-        self._store = Store(run / BASE_LOG_PROBS, is_base_log_prob)
+    def __init__(self, run: Path, *, quiet: bool = False) -> None:
+        self._store, self._quiet = Store(run / BASE_LOG_PROBS, is_base_log_prob), quiet
 
     def __enter__(self) -> Self:
         self._store.__enter__()
@@ -131,7 +135,8 @@ class BaseLogProbs:
             self._store.append(gathered)
         count = sum(map(len, todo))
         texts = f" ({len(todo)} different texts)" if len(todo) < count else ""
-        say(f"held {count} answers{texts} against the base in {time.perf_counter() - started:.1f} s")
+        if not self._quiet:
+            say(f"held {count} answers{texts} against the base in {time.perf_counter() - started:.1f} s")
         if failed:
             say(f"KL to base is not known of {len(failed)} texts, the first because: {failed[0].error}")
 

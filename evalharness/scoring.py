@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from psacpo.config import validate
+from psacpo.console import progress
 from psacpo.errors import InputError
 from psacpo.evalharness.adaptive.contest import Race
 from psacpo.evalharness.adaptive.settings import budget_warnings
@@ -88,6 +89,12 @@ def measurable(run: Measured) -> Measured:
 
 def write_frontier(run: Measured, verdicts: Verdicts, intrinsic: Verdicts) -> None:
     """frontier.json out of verdicts, and the report out of the run."""
+    with progress("report", 1) as advance:
+        _write_frontier(run, verdicts, intrinsic)
+        advance(1)
+
+
+def _write_frontier(run: Measured, verdicts: Verdicts, intrinsic: Verdicts) -> None:
     config = run.config
     invalid = {name: sum(not verdict["valid"] for verdict in found) for name, found in verdicts.items()}
     scores = _scores(run, {**verdicts, **intrinsic})

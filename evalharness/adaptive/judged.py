@@ -13,6 +13,7 @@ from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.decision.scores import Scores
 from psacpo.evalharness.engines.base import Policy
 from psacpo.evalharness.judges import Judge
+from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.judging.quality import Verdicts
 from psacpo.evalharness.judging.verdicts import Answer, is_verdict, judge_all
 from psacpo.evalharness.prompts import Job, PromptRow
@@ -32,6 +33,7 @@ class Judging:
         self._anchors = {judge.anchor for judge in judges.values()} - {None}
         self._anchored: dict[str, list[Answer]] = {}
         self._store = Store(config.out / VERDICTS, is_verdict, batches=True)
+        self._cache = Cache(config.cache)
 
     def __enter__(self) -> Self:
         self._store.__enter__()
@@ -50,7 +52,7 @@ class Judging:
         """
         own = [Answer(record["key"], item_of(job.row, record)) for job, record in answers]
         beside = self._beside(own)
-        found = judge_all(self.judges, self.directions, [*own, *beside], self._store, quiet=True)
+        found = judge_all(self.judges, self.directions, [*own, *beside], self._store, self._cache, quiet=True)
         found |= judge_all(self.rules, self.directions, own, self._store, quiet=True)
         for name, verdicts in found.items():
             failed = sum(bool(verdict.get("failed")) for verdict in verdicts[: len(own)])

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from psacpo.errors import InputError
+from psacpo.evalharness.intrinsic import INTRINSIC
+from psacpo.evalharness.judges import make_judge
 from psacpo.evalharness.report.schema import Frontier, harmless, parse_frontier
 
 FRONTIER = "frontier.json"
@@ -21,8 +23,6 @@ PROMPTS = "prompts.jsonl"
 COMPLETIONS = "completions.jsonl"
 VERDICTS = "verdicts.jsonl"
 MANIFEST = "psacpo.json"
-# Rules that are always there by another name than the kind of judge that they are.
-_SAME = {"refused": "refusal"}
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,14 @@ def _completions(
 
 def _verdicts(path: Path, frontier: Frontier, planned: frozenset[str]) -> dict[str, dict[str, Verdict]]:
     """Completion key -> judge -> verdict, of the judges as this run used them; the later of two records counts."""
-    # Two judges with equal settings have one digest, and share their verdicts.
+    # Two judges with equal settings have one digest, and share their verdicts; so does one with a rule that is always there.
     names: dict[str, list[str]] = {}
     for name, judge in frontier.judges.items():
         names.setdefault(judge.digest, []).append(name)
-        names[judge.digest] += [rule for rule in frontier.intrinsic if _SAME.get(rule) == judge.kind]
+    for rule in frontier.intrinsic:
+        own = make_judge(rule, INTRINSIC[rule], device="cpu", allow_code=False).digest if rule in INTRINSIC else None
+        if own in names:
+            names[own].append(rule)
     found: dict[str, dict[str, Verdict]] = {}
     for where, row in _read_lines(path):
         key = _get(row, "completion", str, where)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from psacpo.evalharness import frontier
-from psacpo.evalharness.adaptive import procedure
+from psacpo.evalharness.adaptive import space
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.statistics.racing import Proposal
 
@@ -46,7 +46,7 @@ def test_ratios_that_come_later_are_adapters_too(
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("open", "mix the bread", "heat")))
     # Two ratios are added, whatever the scores of a random model say.
     added = iter([Proposal(0.25, "gap", 1.0), Proposal(0.75, "gap", 1.0), None])
-    monkeypatch.setattr(procedure, "next_ratio", lambda *_, **__: next(added))
+    monkeypatch.setattr(space, "next_ratio", lambda *_, **__: next(added))
     config = FrontierConfig.model_validate(
         {
             "base": str(base),

@@ -87,7 +87,7 @@ def test_hostile_completions_pass(name: str, tmp_path: Path, tiny_judge: Path, t
 
 
 def test_the_command_takes_them_from_a_file(psacpo: Callable[..., Any], tmp_path: Path) -> None:
-    rows = [{"id": name, "prompt": text, "completion": text} for name, text in HOSTILE.items()]
+    rows = [{"id": name, "prompt": "open the lock", "completion": text} for name, text in HOSTILE.items()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = psacpo("judge", "rows.jsonl", "--judge", "refusal", "--out", "out.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

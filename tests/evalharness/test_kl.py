@@ -137,9 +137,6 @@ def test_a_sweep_measures_it_and_resumes(make_config: MakeConfig, monkeypatch: p
         frontier(config)
     assert {one["key"]: one for one in lines(path)} == {one["key"]: one for one in map(json.loads, kept.splitlines())}
     assert (run / "frontier.json").read_bytes() == whole
-    with monkeypatch.context() as patched:
-        patched.setattr(TransformersEngine, "load", never)
-        frontier(config)
 
     # An answer that is another one under the same key is asked about anew.
     rows = lines(run / "completions.jsonl")

@@ -14,6 +14,8 @@ import pytest
 from huggingface_hub import ModelCard
 from matplotlib import image
 
+from psacpo.evalharness.intrinsic import INTRINSIC
+from psacpo.evalharness.judges import make_judge
 from psacpo.evalharness.report import report
 from psacpo.evalharness.report import run as run_module
 from psacpo.evalharness.report.page import page
@@ -251,8 +253,11 @@ def test_order_bias_of_a_judge_that_compares_is_told(make_run: MakeRun) -> None:
 
 
 def test_rules_that_are_always_there_are_in_the_records_and_not_beside_each_answer(make_run: MakeRun) -> None:
+    rule = make_judge("refused", INTRINSIC["refused"], device="cpu", allow_code=False).digest
+
     def measured(frontier: dict[str, Any]) -> None:
         frontier["intrinsic"] = ["length", "refused"]
+        frontier["judges"]["refusal"]["digest"] = rule
         for name, judge in (("length", "length"), ("refused", "refused")):
             frontier["metrics"][name] = {"judge": judge, "better": "lower"}
         for policy in (*frontier["points"], *frontier["baselines"]):
@@ -261,6 +266,7 @@ def test_rules_that_are_always_there_are_in_the_records_and_not_beside_each_answ
     run = make_run(measured)
     verdicts = [json.loads(line) for line in (run / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
     lengths = [v | {"judge": "length", "judge_digest": "rule", "score": 7} for v in verdicts if v["judge"] == "cost"]
+    verdicts = [v | {"judge_digest": rule} if v["judge"] == "refusal" else v for v in verdicts]
     (run / "verdicts.jsonl").write_text(world.lines([*verdicts, *lengths]), encoding="utf-8")
     records = read_run(run)
     (item,) = records.completions["policy@0", "p1" if ("policy@0", "p1") in records.completions else "p3"]
