@@ -105,7 +105,8 @@ class Steps:
         steps = [step for step in self.steps if step.name in leaves]
         before = {step.name: _stamps(leaves[step.name]) for step in steps}
         self._open = steps[1:]
-        self._begin(steps[0])
+        # What leaves nothing is short: a line when it ends will do, and what is wrong with the input is one line.
+        self._begin(steps[0], quiet=not any(leaves.values()))
         try:
             yield
         except BaseException as error:
@@ -148,9 +149,9 @@ class Steps:
         finally:
             self._work = outer
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: Step, *, quiet: bool = False) -> None:
         step.state, step.started = "works", time.monotonic()
-        if self._live is None:
+        if self._live is None and not quiet:
             say(f"{self._place(step)}")
 
     def _end(self, state: str) -> None:

@@ -86,6 +86,7 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_fsdp2(tiny_llama: Path, tmp_path: Path, rows: Any, write_rows: Any, make_config: Any, metrics: Any) -> None:
     """DPO and then RSA on it, which needs its start at every step; batches of 2 x 4 against batches of 8."""
     data = write_rows(tmp_path / "rows.jsonl", rows(24))

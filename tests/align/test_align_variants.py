@@ -66,6 +66,7 @@ def test_naive_is_the_stage_alone(tiny_llama: Path, tmp_path: Path, stages: Any,
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_order_by_flag(tiny_llama: Path, tmp_path: Path, stages: Any, psacpo: Any) -> None:
     """The command, its recipe left behind, and a merge of the two ends in it."""
     flags = ["--base", tiny_llama, "--reward-data", stages[0]["data"], "--safety-data", stages[1]["data"]]

@@ -95,6 +95,7 @@ def _without_places(path: Path) -> bytes:
     return found
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result(tmp_path: Path) -> None:
     """The same recipe cut short, twice: adapters, answers, verdicts and report are equal byte for byte."""
     results = []

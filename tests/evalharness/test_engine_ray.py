@@ -198,6 +198,7 @@ def test_a_killed_worker_with_vllm_loses_nothing(make_config: MakeConfig, tmp_pa
         engine.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_each_time_gives_failures(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that kills its worker is given up, and the others get their answers; what an engine refuses is one line."""
 
@@ -245,6 +246,7 @@ def test_a_sweep_in_workers_has_the_records_of_one_process(make_config: MakeConf
     assert told["workers"] is True
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_one_line(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(engine="ray", ray={"workers": 1, "cpus": 0.5, "retries": 1})
     adapters = {name: read_adapter(path) for name, path in config.adapters.items()}
