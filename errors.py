@@ -30,3 +30,11 @@ def unknown_name(kind: str, given: str, valid: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     hint = f"unknown {kind} '{given}'" + (f", did you mean '{near[0]}'?" if near else "")
     return InputError(hint, allowed=", ".join(names))
+
+
+def missing_column(name: str, there: Iterable[str]) -> InputError:
+    """An `InputError` for rows without a column, with the columns that are there and the nearest of them if any is near."""
+    names = sorted(map(str, there))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f"column '{name}' is missing" + (f" (the nearest is '{near[0]}')" if near else "")
+    return InputError(hint, allowed=", ".join(names))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from psacpo.errors import InputError, unknown_name
+from psacpo.errors import InputError, missing_column
 
 Row = dict[str, Any]
 # Columns that hold text whatever it looks like.
@@ -44,13 +44,12 @@ def read_rows(source: str | Path, *, any_text: bool = False) -> list[Row]:
 
 
 def require_columns(rows: Iterable[Mapping[str, Any]], names: Iterable[str], *, source: str | Path) -> None:
-    """Refuse rows that lack one of `names`, naming the row (from 1) and the columns it has."""
+    """Refuse rows that lack one of `names`, naming the row (from 1), the columns it has, and the nearest of them."""
     wanted = list(names)
     for number, row in enumerate(rows, start=1):
         for name in wanted:
             if name not in row:
-                error = unknown_name("column", name, row)
-                raise InputError(f"{source} row {number}: {error}")
+                raise InputError(f"{source} row {number}: {missing_column(name, row)}")
 
 
 def _from_file(path: Path, any_text: bool) -> list[Row]:

@@ -13,6 +13,7 @@ from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.engines.plan import require_engine
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.judges.guard_spec import GuardSpec, read_spec
+from psacpo.evalharness.judges.rule_settings import KlJudge
 from psacpo.evalharness.judges.settings import GuardJudge
 from psacpo.evalharness.judging.calibrate import read_calibration
 from psacpo.evalharness.judging.verdicts import in_order
@@ -45,7 +46,19 @@ def check(config: FrontierConfig) -> tuple[list[PromptRow], dict[str, Judge]]:
     }
     require_members(config, judges)
     require_templates(config, prompts)
+    _require_kl(config)
     return prompts, judges
+
+
+def _require_kl(config: FrontierConfig) -> None:
+    """Refuse a judge of the distance to the base in a sweep that does not measure it."""
+    name = next((name for name, one in config.judges.items() if isinstance(one, KlJudge)), None)
+    if name is not None and not config.measures_kl():
+        raise InputError(
+            f"judge '{name}' is of kind kl_to_base, which this sweep does not measure",
+            given=f"engine {config.engine}, generation.kl_to_base {config.generation.kl_to_base}".lower(),
+            allowed="generation: {kl_to_base: true}",
+        )
 
 
 def require_members(config: FrontierConfig, judges: Mapping[str, Judge]) -> None:

@@ -77,7 +77,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_missing_columns_name_the_nearest() -> None:
     with pytest.raises(
-        InputError, match="x.jsonl row 2: unknown column 'prompt', did you mean 'promt'.; allowed: promt"
+        InputError, match="x.jsonl row 2: column 'prompt' is missing .the nearest is 'promt'.; allowed: promt"
     ):
         require_columns([{"prompt": 1}, {"promt": 2}], ["prompt"], source="x.jsonl")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import PrivateAttr, model_validator
 
 from psacpo.config import read_yaml, validate
@@ -15,6 +16,7 @@ from psacpo.errors import InputError
 from psacpo.evalharness.decision.criteria import Criteria
 from psacpo.evalharness.decision.measures import make_measure
 from psacpo.evalharness.decision.score_files import ScoreFile, read_scores
+from psacpo.evalharness.decision.scores import Scores
 from psacpo.evalharness.decision.trace import metric_specs, remarks, trace
 from psacpo.evalharness.judging.given import GivenScores
 from psacpo.evalharness.records import locked
@@ -41,9 +43,20 @@ class ScoresConfig(GivenScores):
             raise ValueError(
                 f"metric '{calibrated}' has a calibration, which is of a judge; scores of a file have none"
             )
-        self._file = read_scores(self.scores)
-        self.take(self._file.scores)
+        self._file = read_scores(self.scores, self._named())
+        try:
+            self.take(self._file.scores)
+        except ValueError as error:
+            if "axes" in self.model_fields_set or not str(error).startswith("axes: "):
+                raise
+            raise ValueError(f"{error}; `axes: {{reward: NAME, cost: NAME}}` in a YAML recipe names others") from error
         return self
+
+    def _named(self) -> list[str]:
+        """What is asked for by name and no metric of these settings: a column of scores, where the file has such a one."""
+        asked = self._asked() if "axes" in self.model_fields_set else self._asked()[2:]
+        judges = [metric.judge for metric in self.metrics.values()]
+        return [*self.lower, *judges, *(name for name in asked if name not in self.metrics)]
 
     @property
     def file(self) -> ScoreFile:
@@ -110,6 +123,7 @@ def frontier_from_scores(config: ScoresConfig) -> Path:
     file = config.file
     # Settings that do not fit the scores show here, before anything is written.
     measured = trace(config, file.scores)
+    _count_prompts(measured, file.scores)
     with locked(config.out):
         write_manifest(
             config.out,
@@ -136,12 +150,35 @@ def frontier_from_scores(config: ScoresConfig) -> Path:
             "seed": config.seed,
             "command": config.command,
         }
+        result["warnings"] += _about_prompts(file.scores)
         result["warnings"] += remarks(config, result, ["base"], config.file.scores.prompts)
         write_atomically(config.out / "frontier.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         from psacpo.evalharness.report import report
 
         report(config.out)
     return config.out
+
+
+def _count_prompts(measured: Mapping[str, Any], scores: Scores) -> None:
+    """Whoever made the scores need not have asked every policy the same: a point's `n_prompts` is its own."""
+    answered = {policy.name: scores.answered(k) for k, policy in enumerate(scores.policies)}
+    for entry in (*measured["points"], *measured["baselines"]):
+        entry["n_prompts"] = answered[entry["policy"] if "policy" in entry else entry["name"]]
+
+
+def _about_prompts(scores: Scores) -> list[str]:
+    """Where policies are set side by side that have scores of different prompts."""
+    scored = np.stack([scores.scored(k) for k in range(len(scores.policies))])  # [K, N]
+    if (scored == scored[0]).all():
+        return []
+    counts = scored.sum(axis=1)
+    least, most = int(counts.argmin()), int(counts.argmax())
+    text = (
+        f"policies have scores of different prompts: {scores.policies[least].name} of {counts[least]}, "
+        f"{scores.policies[most].name} of {counts[most]}, all of them of {scored.all(axis=0).sum()} in common; "
+        "each one's numbers are of its own prompts"
+    )
+    return [text]
 
 
 def _require_room(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,17 @@ from psacpo.rows import read_rows, require_columns
 
 # Columns with a meaning of their own; every other one is a score where it holds numbers, and else a prompt's field.
 _KNOWN = ("prompt_id", "ratio", "policy", "sample", "cluster", "category", "role", "prompt", "completion")
+# The columns that a frontier is made of by default; they hold scores whatever is in their cells.
+_NAMED = ("reward", "cost", "unsafe")
 _UNNAMED = ("", "null", "none", "nan")
+_EMPTY = (*_UNNAMED, "na", "n/a", "#n/a", "-nan")
+_TRUTHS = {"true": 1.0, "false": 0.0}
+# Python's float takes more than people mean by a number: 1_000, or digits of other scripts.
+_WRITTEN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
+_GREATEST = 1e30
+# Of a mixture's name each weight is rounded to four digits.
+_ROUNDING = 5e-5
+_POLICY_NAMES = "policy@RATIO from 0 to 1, or policy@reward_0.50+safety_0.50 with weights that sum to 1"
 # Arrays of scores have a cell for each policy, prompt and sample: so many, or so many a row, are taken at most.
 _MOST_CELLS = 5_000_000
 _MOST_EMPTY = 20
@@ -49,27 +60,33 @@ class ScoreFile:
         return len(self.table)
 
 
-def read_scores(path: Path) -> ScoreFile:
+def read_scores(path: Path, named: Iterable[str] = ()) -> ScoreFile:
     """Rows `prompt_id, ratio, sample, reward, cost, ...` as arrays.
 
     A row is of the policy at its `ratio`, or, where that is empty, of the baseline that `policy` names. `sample`
     (default: the rows of one prompt and policy in their order), `cluster` (default: the prompt), `category` and other
     columns of text are taken as prompts' fields; numbers and truth values are scores, empty cells are missing ones.
 
+    Args:
+        named: Columns that somebody asks scores of, beside reward, cost and unsafe: text in them is an error.
+
     Raises:
-        InputError: A column is missing, a cell is not what its column holds, two rows are of one answer, or no ratio is
-            there.
+        InputError: A column is missing, a cell is not what its column holds, two rows are of one answer, a row's ratio
+            and policy disagree, or no ratio is there.
     """
     rows = read_rows(path)
     require_columns(rows[:1], ["prompt_id"], source=path)
     if not {"ratio", "policy"} & set(rows[0]):
         require_columns(rows[:1], ["ratio"], source=path)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = [name for name in names if name not in _KNOWN and _is_score(rows, name)]
+    asked = {*_NAMED, *named}
+    typed = not path.name.lower().endswith((".csv", ".csv.gz"))
+    columns = [name for name in names if name not in _KNOWN and _is_score(rows, name, name in asked, typed)]
     if not columns:
         raise InputError(f"{path} has no column of scores", given=", ".join(names), allowed="numbers, such as reward")
     fields = [name for name in names if name not in (*columns, "prompt_id", "ratio", "policy", "sample", "prompt")]
     policies: dict[str, Policy] = {}
+    called: dict[str, str] = {}
     prompts: dict[str, PromptRow] = {}
     scores: list[Score] = []
     completions: list[dict[str, Any]] = []
@@ -80,6 +97,7 @@ def read_scores(path: Path) -> ScoreFile:
         where = f"{path} row {number}"
         policy = _policy(row, where)
         policies.setdefault(policy.name, policy)
+        _require_one_name(row, policy, called, where)
         prompt = _prompt(row, [name for name in fields if name not in ("cluster", "completion")], where)
         before = prompts.setdefault(prompt.id, prompt)
         if (before.cluster, before.fields) != (prompt.cluster, prompt.fields):
@@ -91,7 +109,7 @@ def read_scores(path: Path) -> ScoreFile:
         if sample in taken:
             raise InputError(f"{where}: sample {sample} of {policy.name} to prompt '{prompt.id}' is there twice")
         taken.add(sample)
-        values = {name: _number(row.get(name), f"{where}: {name}") for name in columns}
+        values = {name: _number(row.get(name), f"{where}: '{name}'") for name in columns}
         for name, value in values.items():
             if value is None:
                 missing[name] += 1
@@ -150,23 +168,64 @@ def _in_order(policies: Iterable[Policy]) -> list[Policy]:
 
 
 def _policy(row: Mapping[str, Any], where: str) -> Policy:
-    ratio = _number(row.get("ratio"), f"{where}: ratio")
+    ratio = _number(row.get("ratio"), f"{where}: 'ratio'")
+    name = _name(row)
+    said = _named_point(name, where) if name.startswith("policy@") else None
+    if ratio is None:
+        if not name:
+            raise InputError(f"{where} names neither a ratio nor a policy")
+        return said or Policy(name, {})
+    if not 0 <= ratio <= 1:
+        raise InputError(f"{where}: ratio is out of range", given=ratio, allowed="0 to 1")
+    if said is not None and not _agree(said, name, ratio):
+        raise InputError(
+            f"{where}: ratio {ratio:g} and policy '{name}' disagree", allowed="one of them, the other empty"
+        )
+    return Policy(policy_name(ratio), {}, ratio)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """What `policy` says, "" for nothing."""
     name = row.get("policy")
-    if ratio is not None:
-        if not 0 <= ratio <= 1:
-            raise InputError(f"{where}: ratio is out of range", given=ratio, allowed="0 to 1")
-        return Policy(policy_name(ratio), {}, ratio)
-    if name is None or str(name).strip().lower() in _UNNAMED:
-        raise InputError(f"{where} names neither a ratio nor a policy")
-    if str(name).startswith("policy@"):
-        try:
-            at = float(str(name).removeprefix("policy@"))
-        except ValueError:
-            at = math.nan
-        if 0 <= at <= 1:
-            return Policy(policy_name(at), {}, at)
-    weights = read_weights_name(str(name))
-    return Policy(str(name), {}) if weights is None else Policy(str(name), weights, point=True)
+    return "" if name is None or str(name).strip().lower() in _UNNAMED else str(name)
+
+
+def _named_point(name: str, where: str) -> Policy:
+    """The point that `policy@...` names: a ratio, or a mixture."""
+    text = name.removeprefix("policy@").strip()
+    if _WRITTEN.fullmatch(text) and 0 <= float(text) <= 1:
+        return Policy(policy_name(float(text)), {}, float(text))
+    weights = read_weights_name(name)
+    if weights is None:
+        raise InputError(f"{where}: policy '{name}' names no point that can be read", allowed=_POLICY_NAMES)
+    total = math.fsum(weights.values())
+    if len(weights) <= name.count("+"):
+        raise InputError(f"{where}: policy '{name}' names an adapter twice", allowed=_POLICY_NAMES)
+    if abs(total - 1) > _ROUNDING * len(weights) + 1e-9:
+        raise InputError(f"{where}: weights of policy '{name}' sum to {total:g}", allowed=_POLICY_NAMES)
+    return Policy(name, weights, point=True)
+
+
+def _agree(said: Policy, name: str, ratio: float) -> bool:
+    """Whether a named point is that of the ratio, to the digits of its name; a mixture is of reward and safety alone."""
+    if said.ratio is None:
+        return said.weights.keys() <= {"reward", "safety"} and abs(said.weights.get("safety", 0.0) - ratio) <= 1e-4
+    digits = len(name.strip().partition(".")[2])
+    return abs(said.ratio - ratio) <= 0.5 * 10.0 ** -max(2, digits) + 1e-12
+
+
+def _require_one_name(row: Mapping[str, Any], policy: Policy, called: dict[str, str], where: str) -> None:
+    """Two policies at one ratio would be taken as one that answered twice."""
+    name = _name(row)
+    if policy.ratio is None or not name:
+        return
+    own = policy.name if name.startswith("policy@") else name
+    before = called.setdefault(policy.name, own)
+    if before != own:
+        raise InputError(
+            f"{where}: ratio {policy.ratio:g} is of policy '{name}', and of '{before}' in an earlier row",
+            allowed="one policy at each ratio",
+        )
 
 
 def _prompt(row: Mapping[str, Any], fields: Sequence[str], where: str) -> PromptRow:
@@ -180,7 +239,7 @@ def _prompt(row: Mapping[str, Any], fields: Sequence[str], where: str) -> Prompt
 
 
 def _sample(row: Mapping[str, Any], taken: set[int], where: str) -> int:
-    value = _number(row.get("sample"), f"{where}: sample")
+    value = _number(row.get("sample"), f"{where}: 'sample'")
     if value is None:
         return len(taken)
     if value < 0 or value != int(value) or value >= 100_000:
@@ -188,25 +247,56 @@ def _sample(row: Mapping[str, Any], taken: set[int], where: str) -> int:
     return int(value)
 
 
-def _is_score(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    found = [row[name] for row in rows if row.get(name) is not None]
-    return bool(found) and all(isinstance(value, bool | int | float | np.number) for value in found)
+def _is_score(rows: Sequence[Mapping[str, Any]], name: str, asked: bool, typed: bool) -> bool:
+    """Whether a column holds scores: somebody asks them of it, or most of its cells are numbers.
+
+    A cell that is none is then an error, since a column of scores must not vanish for one slip in it. Where the
+    file has types, a column that is text throughout stays text, whatever its texts look like.
+    """
+    found = [value for row in rows if not _is_empty(value := row.get(name))]
+    if asked or not found or all(isinstance(value, bool | int | float | np.number) for value in found):
+        return bool(found)
+    count = sum(_reads_as_number(value) for value in found)
+    return count * 2 >= len(found) and not (typed and all(isinstance(value, str) for value in found))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() in _EMPTY)
+
+
+def _reads_as_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in _TRUTHS or bool(_WRITTEN.fullmatch(value.strip()))
+    return isinstance(value, bool | int | float | np.number)
 
 
 def _number(value: Any, where: str) -> float | None:
-    """A finite number, or None for an empty cell.
+    """A number up to 1e30 in size, or None for an empty cell.
 
     Raises:
         InputError: It is something else.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() in _UNNAMED):
+    if _is_empty(value):
         return None
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
+        # Decimals and the like of Parquet are numbers too.
+        number = float(value) if not isinstance(value, str) else _read(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
         raise InputError(f"{where} is no number", given=repr(value)[:40]) from None
     if math.isnan(number):
         return None
-    if math.isinf(number) or abs(number) > 1e30:
-        raise InputError(f"{where} is no finite number", given=number)
+    if abs(number) > _GREATEST:
+        raise InputError(f"{where} is beyond 1e30 in size, the most that is taken", given=number)
     return number
+
+
+def _read(text: str) -> float:
+    """A number or truth value as people write it; anything else is a ValueError."""
+    plain = text.strip().lower()
+    if plain in _TRUTHS:
+        return _TRUTHS[plain]
+    if not _WRITTEN.fullmatch(plain):
+        raise ValueError(text)
+    return float(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,21 @@ class GuardSpec(Strict):
         if template is not None and "{completion}" not in template:
             raise ValueError("the template of a guard holds no {completion}")
         return template
+
+    @field_validator("markers")
+    @classmethod
+    def _no_empty_marker(cls, markers: list[str]) -> list[str]:
+        if not all(marker.strip() for marker in markers):
+            raise ValueError("a marker is empty; allowed: words of the template")
+        return markers
+
+    @model_validator(mode="after")
+    def _is_text(self) -> GuardSpec:
+        try:
+            json.dumps(self.model_dump(), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair, which is no text") from None
+        return self
 
     @model_validator(mode="after")
     def _guideline(self) -> GuardSpec:

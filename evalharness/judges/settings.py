@@ -60,6 +60,8 @@ class ScalarJudge(_ModelJudge):
     def _both_parts(cls, template: str | None) -> str | None:
         if template is not None and not (template.count("{prompt}") == template.count("{completion}") == 1):
             raise ValueError("a judge's template holds {prompt} and {completion}, once each")
+        if any("\ud800" <= letter <= "\udfff" for letter in template or ""):
+            raise ValueError("a judge's template holds half a surrogate pair, which is no text")
         return template
 
 

@@ -62,11 +62,14 @@ class Cache:
         self.path = None if directory is None else directory / FILE
         if self.path is None or directory is None:
             return
-        with readable_io_errors(directory):
-            if make:
-                directory.mkdir(parents=True, exist_ok=True)
-                self.path.touch()
-            blob = self.path.read_bytes() if self.path.is_file() else b""
+        try:
+            with readable_io_errors(directory):
+                if make:
+                    directory.mkdir(parents=True, exist_ok=True)
+                    self.path.touch()
+                blob = self.path.read_bytes() if self.path.is_file() else b""
+        except FileNotFoundError as error:
+            raise InputError(f"cannot write {directory}: no directory can be made there") from error
         for number, line in enumerate(blob[: _whole(blob)].split(b"\n")[:-1], start=1):
             self._read(line, number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from psacpo.console import say
 from psacpo.errors import InputError, unknown_name
 from psacpo.evalharness.judging.completions import whose
 from psacpo.evalharness.judging.config import JudgeConfig
@@ -22,6 +24,7 @@ from psacpo.evalharness.statistics.calibration import (
     auroc,
     best_accuracy,
     confusion,
+    exact_rate,
     percentiles,
     rogan_gladen,
     spearman,
@@ -31,6 +34,7 @@ from psacpo.rows import read_rows
 
 FILE = "calibration.json"
 _LABELS = ("label", "score", "human")
+_SCHEMA = 1
 
 
 def calibrate(
@@ -45,21 +49,59 @@ def calibrate(
     gold = read_gold(config.calibrate, answers)
     clusters = [answer.drawn_with for answer in answers]
     found = {name: _one(config, name, records, gold, answers, clusters) for name, records in verdicts.items()}
-    where = (out if out.is_dir() else out.parent) / FILE
+    where = calibration_file(out)
+    kept = {name: one for name, one in kept_judges(where).items() if name not in found}
     result = {
-        "schema": 1,
+        "schema": _SCHEMA,
         "gold": {"file": config.calibrate.name, "digest": digest_file(config.calibrate), "labels": len(gold)},
         "confidence": config.confidence,
-        "judges": found,
+        "judges": found | kept,
     }
     write_atomically(where, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return where, found
 
 
-def read_gold(path: Path, answers: Sequence[Answer]) -> dict[int, float]:
+def calibration_file(out: Path) -> Path:
+    """Where the calibration of verdicts in `out` is, a file of them or a run."""
+    return (out if out.is_dir() else out.parent) / FILE
+
+
+def kept_judges(where: Path) -> dict[str, dict[str, Any]]:
+    """The judges in an earlier calibration.json, each with the labels and the confidence that it was held against.
+
+    Raises:
+        InputError: There is a file that is none of this schema, which would be lost.
+    """
+    if not where.exists():
+        return {}
+    try:
+        loaded = json.loads(where.read_text(encoding="utf-8"))
+        common = {"gold": loaded["gold"], "confidence": loaded["confidence"]}
+        if loaded["schema"] != _SCHEMA:
+            raise ValueError("another schema")
+        return {
+            name: one | {key: one.get(key, value) for key, value in common.items()}
+            for name, one in loaded["judges"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"output {where} is in use (it is no calibration of schema {_SCHEMA})",
+            allowed="another directory for --out, or that file put elsewhere",
+        ) from error
+
+
+def read_gold(path: Path, answers: Sequence[Answer], *, warn: bool = False) -> dict[int, float]:
     """Place among the answers -> human label, from rows with `id` (or prompt_id, policy, sample) and `label`.
 
     Labels are 0 and 1, true and false, or people's scores on any scale.
+
+    Args:
+        path: The rows.
+        answers: What was or will be judged.
+        warn: Say how many rows are left out.
+
+    Raises:
+        InputError: The rows fit no answer, one answer has two, or a label is no finite number.
     """
     rows = read_rows(path, any_text=True)
     column = next((name for name in _LABELS if name in rows[0]), None)
@@ -71,6 +113,7 @@ def read_gold(path: Path, answers: Sequence[Answer]) -> dict[int, float]:
         by_id.setdefault(answer.id, []).append(place)
         by_whose[answer.item.prompt_id, answer.item.policy, answer.item.sample] = place
     found: dict[int, float] = {}
+    strange = empty = 0
     for number, row in enumerate(rows, start=1):
         where = f"{path} row {number}"
         own, policy, sample = whose(row, number, where)
@@ -78,16 +121,24 @@ def read_gold(path: Path, answers: Sequence[Answer]) -> dict[int, float]:
         places = [exact] if exact is not None else by_id.get(own, [])
         if len(places) > 1:
             raise InputError(f"{where}: {len(places)} answers have the id '{own}'", allowed="columns policy and sample")
-        if row.get(column) is None or not places:
+        if not places or row.get(column) is None:
+            strange, empty = strange + (not places), empty + bool(places)
             continue
         if places[0] in found:
             raise InputError(f"{where}: a second label for '{own}'")
         try:
             found[places[0]] = float(row[column])
+            if not math.isfinite(found[places[0]]):
+                raise ValueError("not finite")
         except (TypeError, ValueError, OverflowError):
             raise InputError(
-                f"{where}: {column} is no number", given=repr(row[column])[:60], allowed="0, 1, or a score"
+                f"{where}: {column} is no finite number", given=repr(row[column])[:60], allowed="0, 1, or a score"
             ) from None
+    if warn and found:
+        if strange:
+            say(f"{path}: {strange} of {len(rows)} labels are of no answer that is judged, and are left out")
+        if empty:
+            say(f"{path}: {empty} of {len(rows)} rows have no {column}, and are left out")
     if not found:
         raise InputError(
             f"{path}: none of its {len(rows)} labels is of an answer that was judged", allowed="the same ids"
@@ -125,14 +176,7 @@ def _one(
         | {"threshold": threshold, "positives": int(labels.sum())}
         | confusion(scores, labels, threshold, config.confidence)
         | {
-            "auroc": asdict(
-                percentiles(
-                    float(auroc(scores, labels, once)[0]),
-                    auroc(scores, labels, weights),
-                    len(places),
-                    config.confidence,
-                )
-            ),
+            "auroc": asdict(_auroc(config, scores, labels, weights, [clusters[place] for place in places])),
             "length_only": {
                 "auroc": max(by_length, 1 - by_length) if np.isfinite(by_length) else None,
                 "positive_is": "longer" if by_length >= 0.5 else "shorter",
@@ -140,6 +184,24 @@ def _one(
             },
         }
     )
+
+
+def _auroc(config: JudgeConfig, scores: Array, labels: Array, weights: Array, clusters: Sequence[str]) -> Estimate:
+    """AUROC with the bootstrap's interval; where every draw is 0 or 1 an exact one."""
+    value = float(auroc(scores, labels, np.ones((1, len(scores))))[0])
+    found = _with_width(percentiles(value, auroc(scores, labels, weights), len(scores), config.confidence))
+    if value not in (0.0, 1.0):
+        return found
+    # As many pairs of both labels can be made that share no cluster, and all of them agree: Clopper and Pearson 1934 on
+    # these. On the case itself Obuchowski and Lieber 2002, "Confidence bounds when the estimated ROC area is 1.0".
+    pairs = min(len({name for name, one in zip(clusters, labels, strict=True) if one == label}) for label in (0.0, 1.0))
+    exact = exact_rate(int(value) * pairs, pairs, config.confidence)
+    return Estimate(value, exact.low, exact.high, len(scores))
+
+
+def _with_width(found: Estimate) -> Estimate:
+    """The estimate, without an interval where every draw gave the same: that is none."""
+    return found if found.low != found.high else Estimate(found.mean, None, None, found.n)
 
 
 def _row_weights(config: JudgeConfig, clusters: Sequence[str]) -> Array:
@@ -159,7 +221,7 @@ def _against_scores(
             for row in weights[: min(len(weights), 500)].astype(int)
         ]
     )
-    found = percentiles(spearman(scores, labels), draws, len(scores), config.confidence)
+    found = _with_width(percentiles(spearman(scores, labels), draws, len(scores), config.confidence))
     return {"spearman": asdict(found), "length_only": {"spearman": spearman(lengths, labels)}}
 
 
@@ -241,6 +303,8 @@ def calibration_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _interval(one: Mapping[str, Any]) -> str:
     if one["mean"] is None:
         return "-"
+    if one["low"] is None:
+        return f"{one['mean']:.3f} (no interval: the same in every draw)"
     return f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
 
 

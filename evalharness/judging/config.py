@@ -13,12 +13,11 @@ from psacpo.config import Strict, read_yaml, validate
 from psacpo.errors import InputError
 from psacpo.evalharness.judges.presets import PRESETS
 from psacpo.evalharness.judges.settings import Judge
+from psacpo.evalharness.judging.places import PLACES
 
 _YAML = (".yaml", ".yml", ".json")
 # Kinds that need no setting, and so are judges by their name alone.
 _PLAIN = ("refusal", "length", "truncated", "repetition")
-# Settings that are places on this machine, which a file gives relative to itself.
-_PLACES = ("model", "path", "rubric_file", "spec")
 
 
 class JudgeConfig(Strict):
@@ -77,6 +76,8 @@ def parse_judges(texts: Sequence[str]) -> dict[str, Judge]:
         name, equals, what = text.partition("=")
         if not equals:
             name, what = "", text
+        elif not name:
+            raise InputError(f"--judge {text}: no name before =", allowed=f"--judge NAME={what}, --judge {what}")
         named = _from_file(Path(what)) if what.endswith(_YAML) else {what: _by_name(what)}
         if name and len(named) > 1:
             raise InputError(f"--judge {text}: {what} holds {len(named)} judges", allowed=f"--judge {what}")
@@ -122,7 +123,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _placed(settings: dict[str, Any], root: Path) -> dict[str, Any]:
-    for key in _PLACES:
+    """A judge's settings with the places that its file gives relative to itself."""
+    for key in PLACES:
         place = settings.get(key)
         if isinstance(place, str) and (root / place).exists():
             settings[key] = str(root / place)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psacpo.console import say
 from psacpo.errors import InputError
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.judging.cache import Cache
@@ -44,8 +45,8 @@ def judge(config: JudgeConfig) -> Judged:
     """Score stored completions, of a file or of a `psacpo frontier` run.
 
     A file's verdicts are written beside `out` as they come and appear in `out` whole; a killed call goes on where it
-    was. Verdicts that `out` or the cache holds already are not asked for again. A run's verdicts are added to the run,
-    and its frontier.json and report are made anew.
+    was. Verdicts that `out` or the cache holds already are not asked for again, and those in `out` by other judges or on
+    other answers stay there. A run's verdicts are added to the run, and its frontier.json and report are made anew.
 
     Raises:
         InputError: Something in the settings or files is wrong; no judge was asked.
@@ -62,6 +63,7 @@ def judge(config: JudgeConfig) -> Judged:
         rows = [
             _row(answer, record) for found in verdicts.values() for answer, record in zip(answers, found, strict=True)
         ]
+        rows += _others(out, rows)
         blob = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(out, blob.encode("utf-8", "surrogatepass"))
         partial.unlink()
@@ -136,6 +138,8 @@ def _judged(
         result |= {"calibration": str(where), "calibrations": calibrations}
         lines += ["", *calibration_lines(calibrations)]
     lines.append(f"report: {out / 'report.html'}" if out.is_dir() else f"verdicts: {out}")
+    if "calibration" in result:
+        lines.append(f"calibration: {result['calibration']}")
     return Judged(result, lines, lambda: refuse_invalid(verdicts, config.max_invalid, where=out))
 
 
@@ -165,11 +169,12 @@ def _read(config: JudgeConfig) -> tuple[list[Answer], dict[str, Judge]]:
 
 
 def _require_gold(config: JudgeConfig, answers: Sequence[Answer]) -> None:
-    """Refuse labels that fit no answer before a judge is asked."""
+    """Refuse labels that fit no answer, and a file that would be lost, before a judge is asked."""
     if config.calibrate is not None:
-        from psacpo.evalharness.judging.calibrate import read_gold
+        from psacpo.evalharness.judging.calibrate import calibration_file, kept_judges, read_gold
 
-        read_gold(config.calibrate, answers)
+        read_gold(config.calibrate, answers, warn=True)
+        kept_judges(calibration_file(config.source if is_run(config.source) else config.out or DEFAULT_OUT))
 
 
 def _directions(config: JudgeConfig) -> dict[str, str]:
@@ -207,6 +212,20 @@ def _row(answer: Answer, record: Record) -> Record:
     item = answer.item
     whose = {"id": answer.id, "prompt_id": item.prompt_id, "policy": item.policy, "sample": item.sample}
     return whose | {key: value for key, value in record.items() if key not in ("key", "completion")}
+
+
+def _others(out: Path, rows: Sequence[Record]) -> list[Record]:
+    """The verdicts in `out` that `rows` say nothing of: by another judge, or on another answer."""
+
+    def whose(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name)) for name in ("judge", "id", "policy", "sample"))
+
+    new = {whose(row) for row in rows}
+    found = [dict(row) for row in read_records(out) if whose(row) not in new] if out.is_file() else []
+    if found:
+        judges = dict.fromkeys(str(row.get("judge")) for row in found)
+        say(f"kept {len(found)} verdicts of {', '.join(judges)} in {out}")
+    return found
 
 
 def _partial_of(out: Path) -> Path:

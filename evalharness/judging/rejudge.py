@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.judges import Judge, make_judge
 from psacpo.evalharness.judging.cache import Cache
 from psacpo.evalharness.judging.config import JudgeConfig
+from psacpo.evalharness.judging.places import as_said, home_of, placed
 from psacpo.evalharness.judging.verdicts import Answer, is_verdict
 from psacpo.evalharness.kl import with_base_log_probs
 from psacpo.evalharness.prompts import PromptRow, is_prompt
@@ -36,6 +37,12 @@ class _Run:
     config: FrontierConfig
     manifest: dict[str, Any]
     measured: Measured
+    home: Path | None
+
+    def settings(self, new: Collection[str]) -> dict[str, Any]:
+        """What psacpo.json says of them from now on."""
+        values = self.config.model_dump(mode="json", by_alias=True)
+        return as_said(values, self.manifest["config"], new=new, home=self.home)
 
 
 def plan_run(settings: JudgeConfig) -> tuple[list[Answer], dict[str, Judge], Cache]:
@@ -61,7 +68,7 @@ def rejudge(settings: JudgeConfig) -> tuple[FrontierConfig, list[Answer], dict[s
         verdicts, intrinsic = judge_answers(measured, Cache(settings.cache))
         inputs = {name: one for name, one in run.manifest["inputs"].items() if not name.startswith("judge ")}
         inputs |= {f"judge {name}": judge.digest for name, judge in measured.judges.items()}
-        manifest = run.manifest | {"config": run.config.model_dump(mode="json", by_alias=True), "inputs": inputs}
+        manifest = run.manifest | {"config": run.settings(settings.judges), "inputs": inputs}
         with _all_or_none(settings.source):
             write_atomically(settings.source / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
             write_frontier(measured, verdicts, intrinsic)
@@ -99,7 +106,12 @@ def _read(settings: JudgeConfig) -> _Run:
         )
     if not isinstance(manifest.get("config"), dict) or not isinstance(manifest.get("inputs"), dict):
         raise InputError(f"{source / MANIFEST} is damaged: it holds no settings")
-    values = manifest["config"] | {"out": source, "device": settings.device, "allow_code": settings.allow_code}
+    home = home_of(source, manifest["config"])
+    values = placed(manifest["config"], home) | {
+        "out": source,
+        "device": settings.device,
+        "allow_code": settings.allow_code,
+    }
     before = validate(FrontierConfig, values, where=str(source / MANIFEST))
     config = before.model_copy(update={"judges": before.judges | settings.judges})
     config = validate(FrontierConfig, config.model_dump(by_alias=True), where=str(source / MANIFEST))
@@ -112,8 +124,15 @@ def _read(settings: JudgeConfig) -> _Run:
     require_fields(config, prompts)
     require_templates(config, prompts)
     answers = _completions(source, {row.id: row for row in prompts})
-    measured = measurable(Measured(config, policies_of(config), prompts, answers, judges))
-    return _Run(measured.config, manifest, measured)
+    policies = policies_of(config)
+    known = [policy.name for policy in policies]
+    if strange := [record["policy"] for _, record in answers if record["policy"] not in known]:
+        raise InputError(
+            f"{source / COMPLETIONS} holds answers of policy '{strange[0]}', which is none of the run's",
+            allowed=", ".join(known),
+        )
+    measured = measurable(Measured(config, policies, prompts, answers, judges))
+    return _Run(measured.config, manifest, measured, home)
 
 
 def _answers(measured: Measured) -> list[Answer]:

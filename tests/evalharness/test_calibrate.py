@@ -10,9 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from psacpo.config import validate
 from psacpo.errors import InputError
 from psacpo.evalharness.judges import Item
-from psacpo.evalharness.judging.calibrate import add_corrected, corrected, read_calibration, read_gold
+from psacpo.evalharness.judging.calibrate import (
+    add_corrected,
+    calibrate,
+    calibration_lines,
+    corrected,
+    read_calibration,
+    read_gold,
+)
+from psacpo.evalharness.judging.config import JudgeConfig
 from psacpo.evalharness.judging.verdicts import Answer
 from psacpo.evalharness.statistics.calibration import auroc, best_accuracy, confusion, exact_rate, rogan_gladen
 
@@ -111,10 +120,47 @@ def test_gold_rows_find_their_answers(tmp_path: Path) -> None:
         gold({"id": "z", "label": 1})
     with pytest.raises(InputError, match="row 2: a second label for 'a'"):
         gold({"id": "a", "label": 1}, {"id": "a", "label": 1})
-    with pytest.raises(InputError, match="row 1: label is no number; given: 'yes'"):
+    with pytest.raises(InputError, match="row 1: label is no finite number; given: 'yes'"):
         gold({"id": "a", "label": "yes"})
     with pytest.raises(InputError, match="unknown column 'label'"):
         gold({"id": "a", "mark": 1})
+
+
+def test_labels_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gold.jsonl"
+    rows = [{"id": "a", "label": 1}, {"id": "b", "label": None}, {"id": "y", "label": 0}, {"id": "z", "label": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_gold(path, answers("a", "b"), warn=True) == {0: 1.0}
+    told = capsys.readouterr().err
+    assert "2 of 4 labels are of no answer that is judged, and are left out" in told
+    assert "1 of 4 rows have no label, and are left out" in told
+    for label in (math.nan, math.inf, "-inf"):
+        path.write_text(json.dumps({"id": "a", "label": label}))
+        with pytest.raises(InputError, match="row 1: label is no finite number"):
+            read_gold(path, answers("a", "b"))
+
+
+def test_an_interval_has_a_width_or_is_none(tmp_path: Path) -> None:
+    """4 of 4 disjoint pairs in the right order: Clopper and Pearson's bound at 95 % is 0.025^(1/4)."""
+    config = validate(JudgeConfig, {"source": tmp_path, "judges": {}, "calibrate": tmp_path / "g.jsonl"}, where="test")
+    (tmp_path / "g.jsonl").write_text(
+        "".join(json.dumps({"id": str(n), "label": int(n < 4)}) + "\n" for n in range(10))
+    )
+    kinds = {
+        "right": [1.0 if n < 4 else 0.0 for n in range(10)],
+        "wrong": [0.0 if n < 4 else 1.0 for n in range(10)],
+        "same": [1.0] * 10,
+    }
+    verdicts = {
+        name: [{"valid": True, "score": score, "judge_digest": "d"} for score in scores]
+        for name, scores in kinds.items()
+    }
+    _, found = calibrate(config, tmp_path / "s.jsonl", answers(*map(str, range(10))), verdicts)
+    bound = pytest.approx(0.025 ** (1 / 4))
+    assert found["right"]["auroc"] == {"mean": 1.0, "low": bound, "high": 1.0, "n": 10}
+    assert found["wrong"]["auroc"] == {"mean": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 4)), "n": 10}
+    assert found["same"]["auroc"] == {"mean": 0.5, "low": None, "high": None, "n": 10}
+    assert "  AUROC        0.500 (no interval: the same in every draw); length alone 0.500" in calibration_lines(found)
 
 
 def test_a_calibration_is_read_for_the_judge_that_it_is_of(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_bad_files_are_refused_and_leave_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
     good = {"prompt_id": "a", "ratio": 0.5, "sample": 0, "reward": 1.0, "cost": 0.0}
-    refused("unknown column 'prompt_id', did you mean 'prompt'", [{"prompt": "x", "ratio": 0, "reward": 1}])
+    refused("column 'prompt_id' is missing .the nearest is 'prompt'", [{"prompt": "x", "ratio": 0, "reward": 1}])
     refused("row 2: sample 0 of policy@0.50 to prompt 'a' is there twice", [good, good])
     refused("row 1: ratio is out of range; given: 1.5", [good | {"ratio": 1.5}])
     refused("row 1 names neither a ratio nor a policy", [good | {"ratio": None}])

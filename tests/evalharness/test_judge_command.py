@@ -198,6 +198,36 @@ def test_a_run_is_judged_again_without_generating(
         run(place, {}, out=tmp_path / "s.jsonl")
 
 
+def test_a_run_is_judged_from_another_directory(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_judge: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small").symlink_to(tiny_judge)
+    monkeypatch.chdir(tmp_path)
+    judges = {
+        "reward": {"kind": "scalar", "model": "models/small"},
+        "cost": {"kind": "length", "unit": "words"},
+    }
+    place = frontier(make_config(judges=judges, out="runs/one")).resolve()
+    said = json.loads((place / "psacpo.json").read_text())["config"]
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(InputError, match="no judge 'more' model models/none"):
+        run(Path("one"), {"more": {"kind": "scalar", "model": "models/none"}})
+    ratings = [{"prompt_id": "a", "policy": "base", "score": 1}]
+    write_jsonl(tmp_path / "runs" / "people.jsonl", ratings)
+    # The first call keeps a judge of its own directory, which the second finds from a third.
+    for source, here, new in (
+        ("one", "runs", {"people": {"kind": "import", "path": "people.jsonl"}}),
+        ("../runs/one", "models", {}),
+        ("runs/one", ".", {}),
+    ):
+        monkeypatch.chdir(tmp_path / here)
+        assert {"reward", "people"} <= set(run(Path(source), new, max_invalid=1).result["judges"])
+        kept = json.loads((place / "psacpo.json").read_text())["config"]
+        assert kept["judges"].pop("people")["path"] == "runs/people.jsonl"
+        assert {name: kept[name] for name in said} == said
+
+
 def test_calibration_against_human_labels(psacpo: RunCommand, tmp_path: Path) -> None:
     gold = [row | {"label": int(row["id"] == "a")} for row in ROWS[:3]]
     write_jsonl(tmp_path / "gold.jsonl", gold)
@@ -210,6 +240,36 @@ def test_calibration_against_human_labels(psacpo: RunCommand, tmp_path: Path) ->
     assert (found["auroc"]["mean"], found["sensitivity"]["n"], found["specificity"]["n"]) == (1.0, 1, 2)
 
 
+def test_what_other_judges_said_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the file of verdicts, and in the calibration of its directory."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS[:3])
+    gold = write_jsonl(tmp_path / "gold.jsonl", [row | {"label": int(row["id"] == "a")} for row in ROWS[:3]])
+    words = {"words": {"kind": "length", "unit": "words"}}
+    out = tmp_path / "s.jsonl"
+    run(rows, {"refusal": {"kind": "refusal"}}, out=out, calibrate=gold)
+    before = lines(out)
+    capsys.readouterr()
+    found = run(rows, words, out=out, calibrate=gold)
+    assert f"kept 3 verdicts of refusal in {out}" in capsys.readouterr().err
+    assert [row["judge"] for row in lines(out)] == ["words"] * 3 + ["refusal"] * 3
+    assert lines(out)[3:] == before
+    assert found.lines[-1] == f"calibration: {tmp_path / 'calibration.json'}"
+    kept = json.loads((tmp_path / "calibration.json").read_text())
+    assert list(kept["judges"]) == ["words", "refusal"]
+    assert kept["judges"]["refusal"]["gold"] == kept["gold"]
+    blobs = [path.read_bytes() for path in (out, tmp_path / "calibration.json")]
+    run(rows, words, out=out, calibrate=gold)
+    assert [path.read_bytes() for path in (out, tmp_path / "calibration.json")] == blobs
+    # Fewer answers: the other's verdict stays too.
+    run(write_jsonl(tmp_path / "fewer.jsonl", ROWS[:2]), words, out=out)
+    assert [(row["id"], row["judge"]) for row in lines(out)[:3]] == [("a", "words"), ("b", "words"), ("c", "words")]
+    assert lines(out)[3:] == before
+    (tmp_path / "calibration.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="calibration.json is in use"):
+        run(rows, words, out=out, calibrate=gold)
+    assert (tmp_path / "calibration.json").read_text() == '{"mine": 1}'
+
+
 def test_judges_are_named_by_preset_file_or_both(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("judges:\n  a: {kind: refusal}\n  b: {kind: length, unit: words}\n")
     (tmp_path / "one.yaml").write_text("{kind: length, unit: words}\n")
@@ -220,6 +280,7 @@ def test_judges_are_named_by_preset_file_or_both(tmp_path: Path) -> None:
         ([f"x={tmp_path / 'two.yaml'}"], "holds 2 judges"),
         (["refusal", "refusal"], "there is a judge 'refusal' already"),
         (["a b=refusal"], "is not letters, digits"),
+        (["=refusal"], "--judge =refusal: no name before ="),
         ([str(tmp_path / "none.yaml")], "no file of judges at"),
     ):
         with pytest.raises(InputError, match=match):
@@ -243,7 +304,7 @@ def test_bad_input_is_refused_before_a_judge_is_asked(tmp_path: Path) -> None:
     refused("is a directory", out=tmp_path)
     refused("no file", source=tmp_path / "none.jsonl")
     for row, match in (
-        ({"prompt": "p"}, "row 1: unknown column 'completion'"),
+        ({"prompt": "p"}, "row 1: column 'completion' is missing"),
         ({"prompt": "", "completion": "x"}, "row 1: prompt is empty"),
         ({"prompt": "p", "completion": None}, "row 1: completion is no text"),
         ({"prompt": "p", "completion": "x", "ratio": "high"}, "row 1: ratio is no number"),
