@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import select
 import shlex
 import signal
 import sys
@@ -13,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from psacpo import __version__
+from psacpo.__main__ import interrupt_once
 from psacpo.errors import InputError
 
 app = typer.Typer(
@@ -46,8 +49,18 @@ TemplateOption = Annotated[
     str | None,
     typer.Option("--template", metavar="TEXT", help="Raw template with {prompt}; default: the chat template."),
 ]
+
+
+def _named_directory(text: str) -> Path:
+    """A path that is not empty, as a shell variable that is not set makes it: Path takes that for the directory here."""
+    if not text.strip():
+        raise typer.BadParameter("it names no directory")
+    return Path(text)
+
+
 VerdictCacheOption = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Verdicts shared with other runs and files.")
+    Path | None,
+    typer.Option("--cache", metavar="DIR", help="Verdicts shared with other runs and files.", parser=_named_directory),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output directory.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
@@ -273,10 +286,12 @@ def merge(
 
         return _print_plan(plan(config), as_json)
     from psacpo.merge import merge as job
-    from psacpo.merge.card import merge_summary
+    from psacpo.merge.card import merge_summary, written_before
 
+    before = written_before(config.out)
     outputs = job(config)
-    _show({"sources": config.sources, "outputs": [str(path) for path in outputs]}, as_json, merge_summary(outputs))
+    found = {"sources": config.sources, "outputs": [str(path) for path in outputs]}
+    _show(found, as_json, merge_summary(outputs, before))
 
 
 @app.command()
@@ -724,25 +739,45 @@ def _terminated(number: int, _frame: object) -> None:
 def main() -> None:
     """Run a command; bad input is one line and exit 2, Ctrl-C is exit 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, _terminated)
+    interrupt_once()
     # Importing torch and transformers makes a million objects that live on: to look through them again and again for
     # garbage would be a third of the time that the imports take.
     gc.set_threshold(100_000, 20, 50)
+    code = 0
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except SystemExit as left:
+            if isinstance(left.__context__, BrokenPipeError):  # which typer ends with 1
+                raise left.__context__ from None
+            raise
         if code == 130:  # what typer makes of Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             again = "ended" if "serve" in sys.argv[1:2] else "interrupted; the same command goes on from here"
             print(f"psacpo: {again}", file=sys.stderr)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         code = _fail(str(error))
     except BrokenPipeError:
-        # The reader went away (`psacpo ... | head`); nothing is wrong with the result.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        # Whoever read the result went away (`psacpo ... | head`), and nothing is wrong with it. Without a reader of
+        # what is said while it works there may be no result: that is what a shell calls SIGPIPE.
+        code = 128 + signal.SIGPIPE if _unread(2) else code
+        if not (_unread(1) or _unread(2)):
+            raise
+        for number in filter(_unread, (1, 2)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         if error.filename is None:
             raise
         # Whatever looks at a path may meet these, and the place is all that the user needs to mend them.
         code = _fail(f"{error.filename2 or error.filename}: {(error.strerror or 'cannot be used').lower()}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        code = _fail(f"cannot write {error.filename or 'what is printed'}: {os.strerror(error.errno).lower()}")
+        # What is left in the buffer would be tried once more at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         format_message = getattr(error, "format_message", None)
         if format_message is None:  # a click error is the user's, anything else is ours and shows its trace
@@ -752,10 +787,20 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+def _unread(number: int) -> bool:
+    """Whether a file descriptor is a pipe that no one reads any more."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _fail(message: str) -> int:
     from psacpo.console import printable
 
-    print(f"psacpo: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    try:
+        print(f"psacpo: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    except BrokenPipeError:  # no one reads it, and it is an error all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return 2
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _MARKS = {"waits": "·", "works": "▸", "done": "✓", "found": "=", "nothing": "–", "failed": "✗", "stopped": "✗"}
 _STYLES = {"waits": "dim", "works": "bold", "done": "green", "found": "cyan", "failed": "red", "stopped": "red"}
-_BAR = 20
+# States in which the time that a step took, or has taken so far, is shown.
+_TIMED = ("works", "done", "found", "failed", "stopped")
+_BAR = 12
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Steps:
             say(f"time: {self}")
 
     def __str__(self) -> str:
-        parts = [f"{s.name} {_spent(s.took) if s.state == 'done' else s.state}" for s in self.steps]
+        parts = [f"{s.name} {_summed(s)}" for s in self.steps]
         return f"{', '.join(parts)}; in all {_spent(time.monotonic() - self._started)}"
 
     @contextlib.contextmanager
@@ -180,27 +182,30 @@ class Steps:
             table.add_row(
                 Text(_MARKS[step.state], style=style),
                 Text(step.name, style=style if step.state in ("works", "waits") else ""),
-                Text(_spent(spent) if step.state in ("works", "done", "failed", "stopped") else "", style="dim"),
-                _working(self._work, now) if working and self._work else Text(_beside(step), style="dim"),
+                Text(_spent(spent) if step.state in _TIMED and step.started else "", style="dim"),
+                _working(self._work, now, step.name) if working and self._work else Text(_beside(step), style="dim"),
             )
         return Group(title, table)
 
 
-def _working(work: _Work, now: float) -> RenderableType:
-    """The label, a bar, the count and what is left, in about 60 columns."""
+def _working(work: _Work, now: float, step: str) -> RenderableType:
+    """The label, a bar, the count and what is left, in about 60 columns; of a label that ends the step's name no more."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     row = Table.grid(padding=(0, 1, 0, 0), expand=True)
-    row.add_column(width=len(work.label), no_wrap=True)
+    label = "" if step.rpartition(" ")[2] == work.label else work.label
+    if label:
+        row.add_column(width=len(label), no_wrap=True)
     row.add_column(width=_BAR)
     row.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     share = min(1.0, work.done / work.total) if work.total else 0.0
     spent = now - work.started
     left = f"  {_spent(spent / share * (1 - share))} left" if 0.02 < share < 1 and spent > 2 else ""
     count = f"{work.done:g}/{work.total:g}" if max(work.total, work.done) < 1e6 else f"{share:.0%}"
-    row.add_row(work.label, ProgressBar(total=1.0, completed=share, width=_BAR), Text(f"{count}{left}  {work.note}"))
+    bar = ProgressBar(total=1.0, completed=share, width=_BAR)
+    row.add_row(*([label] if label else []), bar, Text(f"{count}{left}  {work.note}"))
     return row
 
 
@@ -211,7 +216,15 @@ def _beside(step: Step) -> str:
 
 
 def _told(step: Step) -> str:
-    return "found, not done again" if step.state == "found" else f"{step.state} in {_spent(step.took)}"
+    if step.state == "found":
+        return f"found in {_spent(step.took)}, not done again" if step.started else "found, not done again"
+    return f"{step.state} in {_spent(step.took)}"
+
+
+def _summed(step: Step) -> str:
+    if step.state == "done":
+        return _spent(step.took)
+    return f"found in {_spent(step.took)}" if step.state == "found" and step.started else step.state
 
 
 def _spent(seconds: float) -> str:

@@ -142,6 +142,7 @@ def digest_model(path: Path) -> str:
 @contextlib.contextmanager
 def readable_io_errors(path: Path) -> Iterator[None]:
     """Turn "no space", "read only" and "permission" into one clear line that names `path`."""
+    _require_name(path)
     try:
         yield
     except OSError as error:
@@ -161,6 +162,14 @@ def readable_io_errors(path: Path) -> Iterator[None]:
         if error.errno not in known:
             raise
         raise InputError(f"cannot write {path}: {known[error.errno]}") from error
+
+
+def _require_name(path: Path) -> None:
+    """Refuse a path that no file can have; a recipe may say one."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InputError(f"cannot write {str(path)!r}: half a surrogate pair is no text for a file's name") from error
 
 
 def require_free_space(path: Path, needed: int) -> None:
@@ -195,6 +204,7 @@ def require_apart(out: Path, inputs: Iterable[Path], *, replaced: bool = False) 
     Args:
         replaced: Whether `out` is replaced as a whole, so that no input may lie in it either.
     """
+    _require_name(out)
     target = Path(os.path.realpath(out))
     for given in inputs:
         place = Path(os.path.realpath(given))

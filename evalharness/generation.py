@@ -19,7 +19,7 @@ from psacpo.evalharness.judges import Judge
 from psacpo.evalharness.kl import BaseLogProbs
 from psacpo.evalharness.prompts import Job, PromptRow
 from psacpo.evalharness.records import Record, Store
-from psacpo.evalharness.run_files import COMPLETIONS, FAILURES, is_completion
+from psacpo.evalharness.run_files import COMPLETIONS, FAILURES, is_completion, is_log_prob
 from psacpo.files import write_atomically
 from psacpo.merge.adapters import Adapter
 
@@ -63,7 +63,7 @@ def generate(config: FrontierConfig, plan: Plan) -> list[tuple[Job, Record]]:
     with Answering(config, plan) as answering, progress("generate", len(plan.jobs)) as advance:
         before = answering.found(plan.jobs)
         completions = answering.ask(plan.jobs, advance)
-    _say_done("generated", len(plan.jobs), before, time.perf_counter() - started)
+    _say_done(len(plan.jobs), before, time.perf_counter() - started)
     return completions
 
 
@@ -80,7 +80,7 @@ class Answering:
     def __init__(self, config: FrontierConfig, plan: Plan, *, more: bool = False) -> None:
         self.config, self.plan, self.more = config, plan, more
         self._store = Store(config.out / COMPLETIONS, is_completion)
-        self._base = BaseLogProbs(config.out, quiet=more) if config.measures_kl() else None
+        self._base = BaseLogProbs(config.out, quiet=more, base=plan.base) if config.measures_kl() else None
         self._engine: Engine | None = None
         self._reference: Any = None
         self._probed: set[str] = set()
@@ -199,7 +199,7 @@ def _record(job: Job, answer: Completion | Failure) -> Record:
         "finish_reason": answer.finish_reason,
         "seed": job.request.seed,
     }
-    if answer.log_prob is not None:
+    if is_log_prob(answer.log_prob):
         record |= {"log_prob": answer.log_prob, "end_id": answer.end_id}
     return record if answer.logprobs is None else record | {"logprobs": answer.logprobs}
 
@@ -239,9 +239,11 @@ def _settle_failures(
     )
 
 
-def _say_done(what: str, total: int, before: int, seconds: float) -> None:
-    found = f" ({before} of them found in this run's records)" if before else ""
-    say(f"{what} {total} answers in {seconds:.1f} s{found}")
+def _say_done(total: int, before: int, seconds: float) -> None:
+    if before == total:
+        return say(f"answers: all {total} found in this run's records")
+    found = f"; the other {before} were found in this run's records" if before else ""
+    say(f"generated {total - before} answers in {seconds:.1f} s{found}")
 
 
 def _chunks(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:

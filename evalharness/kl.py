@@ -8,7 +8,7 @@ named as such.
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from psacpo.evalharness.config import Generation
 from psacpo.evalharness.engines import Engine, Failure, Passage
 from psacpo.evalharness.prompts import Job
 from psacpo.evalharness.records import Record, Store, latest, read_records
-from psacpo.evalharness.run_files import BASE_LOG_PROBS
+from psacpo.evalharness.run_files import BASE_LOG_PROBS, COMPLETIONS, is_log_prob
 from psacpo.files import digest
 
 Answers = list[tuple[Job, Record]]
@@ -55,7 +55,7 @@ def with_base_log_probs(run: Path, records: Sequence[Record]) -> list[Record]:
 
 def is_base_log_prob(record: Record) -> bool:
     """Whether a record is what the base thinks of an answer."""
-    return isinstance(record.get("base_log_prob"), float)
+    return isinstance(record.get("key"), str) and is_log_prob(record.get("base_log_prob"))
 
 
 class BaseLogProbs:
@@ -66,9 +66,11 @@ class BaseLogProbs:
     Args:
         run: The run's directory.
         quiet: Say nothing of what went well: it comes round after round.
+        base: The base's directory, to whose vocabulary all tokens must belong that it is asked about.
     """
 
-    def __init__(self, run: Path, *, quiet: bool = False) -> None:
+    def __init__(self, run: Path, *, quiet: bool = False, base: Path | None = None) -> None:
+        self._run, self._vocabulary = run, None if base is None else _vocabulary(base)
         self._store, self._quiet = Store(run / BASE_LOG_PROBS, is_base_log_prob), quiet
 
     def __enter__(self) -> Self:
@@ -113,6 +115,7 @@ class BaseLogProbs:
         size = engine.batch_size or 1
         batches = [groups[start : start + size] for start in range(0, len(groups), size)]
         todo = [group for batch in batches if any(map(self._missing, batch)) for group in batch]
+        self._require_known_tokens(todo)
         passages = {str(place): group for place, group in enumerate(todo)}
         failed: list[Failure] = []
         gathered: list[Record] = []
@@ -125,7 +128,7 @@ class BaseLogProbs:
                     failed.append(found)
                     continue
                 key, value = found
-                if not math.isfinite(value):
+                if not is_log_prob(value):
                     failed.append(Failure(key, f"the base's log-probability is {value}"))
                     continue
                 gathered += [_entry(record, value) for record in self._missing(passages[key])]
@@ -140,6 +143,33 @@ class BaseLogProbs:
         if failed:
             say(f"KL to base is not known of {len(failed)} texts, the first because: {failed[0].error}")
 
+    def _require_known_tokens(self, groups: Sequence[Answers]) -> None:
+        """An id beyond the vocabulary would end in the middle of a forward pass."""
+        for record in (record for group in groups for _, record in group[:1]):
+            strange = max(_drawn(record))
+            if self._vocabulary is not None and strange >= self._vocabulary:
+                path = self._run / COMPLETIONS
+                raise InputError(
+                    f"{path}{_line(path, record['key'])} is damaged: it holds the token {strange}",
+                    allowed=f"tokens 0 to {self._vocabulary - 1}; remove the line, its work is done again",
+                )
+
+
+def _vocabulary(base: Path) -> int | None:
+    """How many tokens a model has, None where its configuration does not say."""
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _line(path: Path, key: str) -> str:
+    """Where a record was last written, in words."""
+    found = [number for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if key.encode() in line]
+    return f" line {found[-1]}" if found else ""
+
 
 def _measurable(record: Record) -> bool:
     """Whether the policy's own probability is there: not of records of before it was kept, nor of every endpoint."""
@@ -149,7 +179,7 @@ def _measurable(record: Record) -> bool:
 def _drawn(record: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens of an answer with the one that ended it."""
     end = record.get("end_id")
-    return tuple(record["token_ids"]) + (() if end is None else (end,))
+    return tuple(record.get("token_ids") or ()) + (() if end is None else (end,))
 
 
 def _key(record: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from psacpo import __version__
-from psacpo.files import read_manifest
+from psacpo.files import MANIFEST, read_manifest
 from psacpo.merge.config import Mix, OutputKind
 from psacpo.merge.parameters import MethodSettings
 
@@ -198,8 +198,18 @@ def _checkpoint_usage() -> list[str]:
     ]
 
 
-def merge_summary(outputs: Sequence[Path]) -> list[str]:
-    """What the command prints when it is done: what was taken, what was lost, what was written."""
+def written_before(out: Path) -> dict[Path, int]:
+    """Each merged policy at a place or in it -> when it was written, for `merge_summary`."""
+    found = [out / MANIFEST, *out.glob(f"*/{MANIFEST}")]
+    return {path.parent: path.stat().st_mtime_ns for path in found if path.is_file()}
+
+
+def merge_summary(outputs: Sequence[Path], before: Mapping[Path, int]) -> list[str]:
+    """What the command prints when it is done: what was taken, what was lost, what was written, what was there already.
+
+    Args:
+        before: What `written_before` found ahead of the merge.
+    """
     manifests = [read_manifest(out) or {} for out in outputs]
     first = manifests[0]
     lines = [f"{name}: {_shown(path)}" for name, path in first.get("sources", {}).items()]
@@ -213,7 +223,8 @@ def merge_summary(outputs: Sequence[Path]) -> list[str]:
             lines.append(f"  worst: {worst}")
         if manifest.get("uploaded"):
             lines.append(f"uploaded to {manifest['uploaded']}")
-        lines.append(f"wrote {out}")
+        there = out in before and before[out] == written_before(out).get(out)
+        lines.append(f"{'there already:' if there else 'wrote'} {out}")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_the_two_commands_work_as_typed(project: Path) -> None:
     again = psacpo_command("merge", "--ratio", "0.3", cwd=project)
     assert again.returncode == 0
     assert "policies/policy@0.30 is there already" in again.stderr
+    assert again.stdout.splitlines()[-1] == "there already: policies/policy@0.30"
     (project / "policies" / "policy@0.30" / "README.md").write_text("changed")
     refused(psacpo_command("merge", "--ratio", "0.3", cwd=project), "policies/policy@0.30", "in use", "--overwrite")
     assert psacpo_command("merge", "--ratio", "0.3", "--overwrite", cwd=project).returncode == 0
@@ -254,6 +256,9 @@ def test_a_path_that_cannot_be_used_is_one_line(project: Path, tmp_path: Path) -
     (here / "taken" / "psacpo.json").write_text('{"kind": "frontier"}')
     done = psacpo_command("frontier", "--out", "taken", cwd=here)
     refused(done, "taken/completions.jsonl: is a directory")
+    with (here / "psacpo.yaml").open("a") as recipe:
+        recipe.write('frontier: "\\ud800"\n')
+    refused(psacpo_command("frontier", cwd=here), "cannot write", "ud800", "half a surrogate pair")
 
 
 def test_ctrl_c_is_130(project: Path, tmp_path: Path) -> None:
@@ -268,6 +273,41 @@ def test_ctrl_c_is_130(project: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr == "psacpo: interrupted; the same command goes on from here\n"
+
+
+def test_who_reads_the_output_may_go_away_and_a_full_device_is_one_line(project: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        words = line.replace("COMMAND", f"{shlex.quote(sys.executable)} -m psacpo")
+        return subprocess.run(["bash", "-c", words], cwd=project, capture_output=True, text=True, check=False)
+
+    for command in ("merge --ratio 0.3 --out x --dry-run", "judge --list"):
+        done = shell(f"set -o pipefail; COMMAND {command} | true")
+        assert (done.returncode, done.stderr) == (0, "")
+        refused(shell(f"COMMAND {command} > /dev/full"), "cannot write what is printed: no space left on device")
+    # More than a pipe's buffer and Python's hold, so that the write itself fails.
+    big = "import sys, psacpo.cli as cli; cli._print_plan = lambda *_: print('x' * 10**6); cli.main()"
+    python = f"{shlex.quote(sys.executable)} -c {shlex.quote(big)}"
+    done = shell(f"set -o pipefail; {python} merge --ratio 0.3 --out x --dry-run | true")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shell("set -o pipefail; COMMAND merge --ratio 2 2>&1 | true").returncode == 2
+
+
+def test_a_second_ctrl_c_changes_nothing(project: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time, psacpo.merge.run as run\n"
+        "def again(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def interrupted(config):\n"
+        "    try: again()\n"
+        "    finally: again(); print('tidied', file=sys.stderr)\n"
+        "run.merge = interrupted\n"
+        "import atexit; atexit.register(again)\n"
+        "from psacpo.cli import main\n"
+        f"sys.argv = ['psacpo', 'merge', '--ratio', '0.3', '--out', {str(tmp_path / 'x')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "tidied\npsacpo: interrupted; the same command goes on from here\n"
 
 
 def test_sigterm_leaves_nothing_half_written(project: Path, tmp_path: Path) -> None:

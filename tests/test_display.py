@@ -27,7 +27,7 @@ with Steps("psacpo run psacpo.yaml", ["align reward", "align safety", "frontier"
         say("reward: already done")
         with progress("safety", 40) as advance:
             for _ in range(20):
-                advance(note="loss 0.69 " * 12)
+                advance(note="loss 0.693 acc 0.5 margin 0.00123 kl 0.12 " + "risk 0.5 " * 9)
             time.sleep(0.6)
         (place / "safety").write_text("trained")
     with steps.step({"frontier": [place / "records.jsonl"]}):
@@ -53,12 +53,12 @@ def test_a_log_has_a_line_when_a_step_begins_and_one_when_it_ends(script: list[s
         "1 of 4: align reward",
         "reward: already done",
         "2 of 4: align safety",
-        "1 of 4: align reward: found, not done again",
+        "1 of 4: align reward: found in T, not done again",
         "2 of 4: align safety: done in T",
         "3 of 4: frontier",
         "3 of 4: frontier: done in T",
         "4 of 4: merge: nothing, no policy was chosen",
-        "time: align reward found, align safety T, frontier T, merge nothing; in all T",
+        "time: align reward found in T, align safety T, frontier T, merge nothing; in all T",
     ]
 
 
@@ -81,11 +81,11 @@ def test_a_terminal_shows_every_step_at_once_and_no_line_is_cut_in_two(script: l
     assert max(map(len, lines)) <= 100
     assert "reward: already done" in lines
     working = [line for line in lines if line.startswith("▸  align safety")]
-    assert any("20/40" in line and line.endswith("…") for line in working)
+    assert any("20/40" in line and "margin 0.00123" in line and line.endswith("…") for line in working)
     assert any(line.startswith("·  frontier") for line in lines)
     last = lines[max(k for k, line in enumerate(lines) if line.startswith("psacpo run psacpo.yaml")) :]
     assert [line.split()[0] for line in last[1:5]] == ["=", "✓", "✓", "–"]
-    assert last[1].endswith("found, not done again")
+    assert re.fullmatch(r"=  align reward  \d+\.\d s +found, not done again", last[1])
 
 
 def test_what_fails_is_shown_as_failed_and_progress_is_on_its_own_again(capsys: pytest.CaptureFixture[str]) -> None:

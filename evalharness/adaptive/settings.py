@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -12,8 +13,8 @@ from psacpo.config import Strict
 from psacpo.errors import InputError
 
 _SCALES = {"": 1, "k": 1_000, "m": 1_000_000}
-_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)[\s_-]*(generations?|tokens?)?\s*", re.IGNORECASE)
-_ALLOWED = "a number of generations such as 20000 or 20k, or of tokens such as 2Mtokens"
+_TEXT = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([km]?)[\s_-]*(generations?|tokens?)?\s*", re.IGNORECASE)
+_ALLOWED = "a whole number of generations such as 20000 or 20k, or of tokens such as 2Mtokens"
 
 
 class Budget(Strict):
@@ -23,7 +24,7 @@ class Budget(Strict):
         unit: `generations` are answers of any policy; `tokens` are those of prompts and answers together.
     """
 
-    amount: int = Field(ge=1)
+    amount: int = Field(ge=1, le=10**18)
     unit: Literal["generations", "tokens"] = "generations"
 
     @model_validator(mode="before")
@@ -34,10 +35,12 @@ class Budget(Strict):
         if not isinstance(value, str):
             return value
         found = _TEXT.fullmatch(value)
-        amount = round(float(found[1]) * _SCALES[found[2].lower()]) if found else 0
-        if found is None or amount < 1:
-            raise ValueError(f"budget {value!r} cannot be read; allowed: {_ALLOWED}")
-        return {"amount": amount, "unit": "tokens" if (found[3] or "").lower().startswith("t") else "generations"}
+        # 1.5k is a whole number, and a float of it would not always be.
+        amount = Decimal(found[1]) * _SCALES[found[2].lower()] if found else Decimal(0)
+        if found is None or amount < 1 or amount != int(amount):
+            shown = value if len(value) <= 40 else value[:40] + "..."
+            raise ValueError(f"budget {shown!r} cannot be read; allowed: {_ALLOWED}")
+        return {"amount": int(amount), "unit": "tokens" if (found[3] or "").lower().startswith("t") else "generations"}
 
     def __str__(self) -> str:
         return f"{self.amount:,} {self.unit}"

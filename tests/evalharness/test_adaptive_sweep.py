@@ -192,7 +192,7 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_written(make: MakeCo
     refused("2 clusters of prompts are too few", prompts=few)
     refused("two or more", ratios=[0.5])
     refused("most_ratios 3 is under start 5", adaptive={"most_ratios": 3})
-    refused("budget 'much' cannot be read; allowed: a number of generations", adaptive={"budget": "much"})
+    refused("budget 'much' cannot be read; allowed: a whole number of generations", adaptive={"budget": "much"})
     refused(r"versus 'policy@0\.10' which is unknown", metrics={"win": {"judge": "reward", "versus": "policy@0.10"}})
 
 
@@ -204,6 +204,12 @@ def test_what_cannot_be_raced_is_refused_before_anything_is_written(make: MakeCo
 def test_a_budget_is_read_as_it_is_typed(text: str | int, amount: int, unit: str) -> None:
     found = Budget.model_validate(text)
     assert (found.amount, found.unit) == (amount, unit)
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "1.5", "0.0001k", "\uff12\uff10", "-3", "1e3"])
+def test_a_budget_that_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="budget '.{1,50}' cannot be read; allowed: a whole number of"):
+        Budget.model_validate(text)
 
 
 def test_without_a_constraint_ratios_are_added_and_all_answer_everything(make: MakeConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 from psacpo.config import validate
 from psacpo.errors import InputError
 from psacpo.evalharness import frontier
+from psacpo.evalharness.checks import check
 from psacpo.evalharness.config import FrontierConfig
 from psacpo.evalharness.decision.compare import compare
 from psacpo.evalharness.decision.from_scores import frontier_from_scores, scores_settings
 from psacpo.evalharness.endpoint import url_and_key
+from psacpo.evalharness.judges.guard_spec import read_spec
 from psacpo.evalharness.judges.llm_replies import expected_value
 from psacpo.evalharness.judges.llm_settings import LlmJudge
 from psacpo.evalharness.judging.config import JudgeConfig, parse_judges
@@ -27,6 +30,7 @@ from psacpo.evalharness.records import read_records
 from psacpo.files import write_atomically
 
 MakeConfig = Callable[..., FrontierConfig]
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
 ROW = {"id": "a", "prompt": "p", "completion": "c"}
 CODE = """
 import sys
@@ -234,3 +238,49 @@ def test_a_run_with_damaged_files_is_left_as_it_is(make_config: MakeConfig, tmp_
             compare(made, made)
         assert contents(made) == before
         (made / name).write_bytes(whole[name])
+    first, *rest = whole["base_log_probs.jsonl"].decode().splitlines()
+    write(made / "base_log_probs.jsonl", [json.loads(first) | {"key": [3]}, *rest])
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        run(made, {"w": {"kind": "length", "unit": "words"}})
+    (made / "base_log_probs.jsonl").write_bytes(whole["base_log_probs.jsonl"])
+    first, *rest = whole["completions.jsonl"].decode().splitlines()
+    write(made / "completions.jsonl", [json.loads(first) | {"policy": "other"}, *rest])
+    with pytest.raises(
+        InputError, match="holds answers of policy 'other', which is none of the run's; allowed: policy@"
+    ):
+        run(made, {"w": {"kind": "length", "unit": "words"}})
+
+
+def test_a_guards_spec_or_template_that_is_no_text(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    words = 'outputs: {harm: {labels: {a: ["yes"], b: ["no"]}, positive: [a]}}\n'
+    for line, match in (('markers: [""]', "a marker is empty"), ('source: "\\ud800"', "half a surrogate pair")):
+        spec.write_text(f"{words}{line}\n")
+        with pytest.raises(InputError, match=match):
+            read_spec(str(spec))
+    settings = {"kind": "scalar", "model": "m", "template": "{prompt} {completion} \ud800"}
+    with pytest.raises(InputError, match="half a surrogate pair"):
+        validate(JudgeConfig, {"source": tmp_path, "judges": {"s": settings}}, where="test")
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, psacpo: RunCommand) -> None:
+    source = write(tmp_path / "rows.jsonl", [ROW])
+    for place, match in (
+        ("/proc/none/there", "no directory can be made there"),
+        ("", "'--cache': it names no directory"),
+    ):
+        done = psacpo("judge", source.name, "--judge", "refusal", "--cache", place, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert match in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_judge_of_what_is_not_measured_is_refused_before(make_config: MakeConfig) -> None:
+    judges = {
+        "reward": {"kind": "length", "unit": "characters", "better": "higher"},
+        "cost": {"kind": "repetition"},
+        "far": {"kind": "kl_to_base"},
+    }
+    with pytest.raises(InputError, match="judge 'far' is of kind kl_to_base, which this sweep does not measure"):
+        check(make_config(judges=judges, generation={"kl_to_base": False}))
+    check(make_config(judges=judges))

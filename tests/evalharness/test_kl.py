@@ -146,6 +146,46 @@ def test_a_sweep_measures_it_and_resumes(make_config: MakeConfig, monkeypatch: p
     assert len(lines(path)) == len(rows) + 1
 
 
+def test_damaged_tokens_and_log_probabilities_are_refused_by_line(make_config: MakeConfig) -> None:
+    config = make_config()
+    run = frontier(config)
+    base, answers = run / "base_log_probs.jsonl", run / "completions.jsonl"
+    again = validate(JudgeConfig, {"source": run, "judges": {"words": {"kind": "length", "unit": "words"}}}, where="t")
+
+    def damaged(path: Path, values: dict[str, Any], word: str, *jobs: Callable[[], object]) -> None:
+        whole = path.read_bytes()
+        rows = lines(path)
+        rows[2] |= values
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for job in jobs:
+            with pytest.raises(InputError, match=word):
+                job()
+        path.write_bytes(whole)
+
+    line = "line 3 is damaged"
+    damaged(base, {"base_log_prob": float("nan")}, line, lambda: frontier(config), lambda: rejudge(again))
+    for value in (float("-inf"), 0.01, 12, None):
+        damaged(base, {"base_log_prob": value}, line, lambda: frontier(config))
+    damaged(base, {"key": ["a"]}, line, lambda: rejudge(again))
+    other: tuple[dict[str, Any], ...] = (
+        {"token_ids": "abc"},
+        {"token_ids": None},
+        {"token_ids": [1_000_000_000, "x"]},
+        {"token_ids": [True]},
+        {"token_ids": [-1]},
+        {"end_id": "x"},
+        {"log_prob": float("nan")},
+    )
+    for values in other:
+        damaged(answers, values, line, lambda: frontier(config))
+    damaged(answers, other[0], "damaged|not finished", lambda: rejudge(again))
+    rows = lines(answers)
+    rows[5] |= {"token_ids": [5, 1_000_000]}
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="line 6 is damaged: it holds the token 1000000; allowed: tokens 0 to"):
+        frontier(config)
+
+
 def test_runs_of_before_still_load(make_config: MakeConfig, tmp_path: Path) -> None:
     run = frontier(make_config())
     rows = [

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from psacpo.errors import InputError
+from psacpo.evalharness.generation import _say_done
 from psacpo.evalharness.records import Store, latest, locked, read_records
 
 
@@ -101,3 +102,13 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
         other.join()
     with locked(tmp_path):
         pass
+
+
+def test_what_was_found_is_not_called_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    for total, before in ((4400, 0), (4400, 4000), (4400, 4400)):
+        _say_done(total, before, 2.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "generated 4400 answers in 2.5 s",
+        "generated 400 answers in 2.5 s; the other 4000 were found in this run's records",
+        "answers: all 4400 found in this run's records",
+    ]

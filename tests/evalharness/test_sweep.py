@@ -277,7 +277,7 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     refused("holds no row", prompts=empty)
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"promt": "x"}\n')
-    refused("row 1: unknown column 'prompt', did you mean 'promt'", prompts=wrong)
+    refused("row 1: column 'prompt' is missing .the nearest is 'promt'", prompts=wrong)
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"id": 1, "prompt": "x"}\n{"id": 1, "prompt": "y"}\n')
     refused("row 2: the id '1' is there twice", prompts=twice)
